@@ -1,0 +1,5 @@
+"""Logical axis names of parameters; a mesh maps them to device axes in one place."""
+
+EXPERT = "expert"
+EMBED = "embed"  # D, the model width
+MLP = "mlp"  # F, the width of an expert or a dense feed-forward

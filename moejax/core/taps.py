@@ -1,0 +1,62 @@
+"""Taps: intermediates that a caller asks a model to return; no hooks, no globals.
+
+A request is a frozenset of the names below, static under jit. A layer answers with the values it
+has; the model returns one `Taps` per layer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+
+FFN_INPUT = "ffn_input"  # x_TxD, after the norm, what router and experts see
+FFN_OUTPUT = "ffn_output"  # y_TxD, before the residual is added
+ROUTING = "routing"  # moe.Routing with its logits and probabilities
+EXPERT_INPUT = "expert_input"  # rows_RxD, in the order of group_sizes
+EXPERT_HIDDEN = "expert_hidden"  # rows_RxF, what the down projection sees
+EXPERT_OUTPUT = "expert_output"  # rows_RxD, before the gate weights
+DISPATCH = "dispatch"  # the moe.DispatchPlan that gives the rows' tokens and group sizes
+ATTENTION_INPUT = "attention_input"  # x_BxSxD, after the norm
+ATTENTION_MASS = (
+    "attention_mass"  # [B, S], attention that later tokens pay to each token, mean over heads
+)
+
+NAMES = frozenset(
+    {
+        FFN_INPUT,
+        FFN_OUTPUT,
+        ROUTING,
+        EXPERT_INPUT,
+        EXPERT_HIDDEN,
+        EXPERT_OUTPUT,
+        DISPATCH,
+        ATTENTION_INPUT,
+        ATTENTION_MASS,
+    }
+)
+Request = frozenset[str]
+NOTHING: Request = frozenset()
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Taps:
+    """What one layer returned of a request: name -> array or pytree."""
+
+    values: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> Any:
+        return self.values[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.values
+
+    def merged(self, other: Taps) -> Taps:
+        return Taps({**self.values, **other.values})
+
+
+def collect(request: Request, **values: Any) -> Taps:
+    """The asked-for part of `values`."""
+    return Taps({name: value for name, value in values.items() if name in request})

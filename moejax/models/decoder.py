@@ -1,0 +1,175 @@
+"""The decoder language model: a thin holder of parameters and a pure forward pass."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from moejax import weights
+from moejax.core import Taps, compat, keys
+from moejax.core.taps import NOTHING, Request
+from moejax.models.attention import KVState, init_kv
+from moejax.models.block import Block, run_length, stack, unstack
+from moejax.models.norm import RMSNorm
+from moejax.models.spec import ModelSpec
+from moejax.moe import RouterContext, Routing, draw
+
+State = tuple[Any, ...]
+
+
+class DecoderLM(nnx.Module):
+    """Embedding, blocks in scanned runs, final norm, head (the embedding transposed if tied)."""
+
+    def __init__(self, spec: ModelSpec, *, rngs: nnx.Rngs):
+        self.spec = spec
+        self.embed = nnx.Param(draw(rngs, (spec.vocab, spec.width), spec.init_scale))
+        self.runs = nnx.List(stack([Block(layer, spec, rngs=rngs) for layer in spec.layers]))
+        self.final_norm = RMSNorm(spec.width, spec.norm_epsilon)
+        self.head = (
+            None
+            if spec.tie_embeddings
+            else nnx.Param(draw(rngs, (spec.width, spec.vocab), spec.init_scale))
+        )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Encoding:
+    """hidden_BxSxD: after the final norm. routings, taps: one per layer, None or empty where a
+    layer has none. state: the sequence state after these tokens, None if none was given."""
+
+    hidden_BxSxD: Array
+    routings: tuple[Routing | None, ...]
+    taps: tuple[Taps, ...]
+    state: State | None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Output(Encoding):
+    """An encoding and its next-token logits_BxSxV, float32."""
+
+    logits_BxSxV: Array
+
+
+def forward(model: DecoderLM, tokens_BxS: Array, **how: Any) -> Output:
+    """Next-token logits: `encode` (whose arguments it takes), then `project`."""
+    encoding = encode(model, tokens_BxS, **how)
+    logits_BxSxV = project(model, encoding.hidden_BxSxD)
+    parts = {f.name: getattr(encoding, f.name) for f in dataclasses.fields(encoding)}
+    return Output(**parts, logits_BxSxV=logits_BxSxV)
+
+
+def project(model: DecoderLM, hidden: Array) -> Array:
+    """Logits [..., V] in float32 of hidden states [..., D]; a loss may call it chunk by chunk."""
+    if model.head is None:
+        table_VxD = weights.materialize(compat.read(model.embed), hidden.dtype)
+        logits = jnp.einsum("...d,vd->...v", hidden, table_VxD, preferred_element_type=jnp.float32)
+    else:
+        logits = weights.matmul(hidden, compat.read(model.head))
+    return logits.astype(jnp.float32)
+
+
+def encode(
+    model: DecoderLM,
+    tokens_BxS: Array,
+    *,
+    mask_BxS: Array | None = None,
+    positions_BxS: Array | None = None,
+    state: State | None = None,
+    train: bool = False,
+    key: Array | None = None,
+    request: Request = NOTHING,
+    dtype: Any = jnp.float32,
+) -> Encoding:
+    """Hidden states of a text; pure, to be called inside jit on a merged model.
+
+    tokens_BxS: int32. mask_BxS: False marks padding: nothing attends to it, no expert sees it.
+    positions_BxS: default 0, 1, ... per row. state: from `init_state`, for decoding.
+    key: of this step; layers fold in their index. dtype: of activations; weights are cast to it
+    where they are used, routers, norms, softmax and logits stay in float32.
+    """
+    B, S = tokens_BxS.shape
+    mask_BxS = jnp.ones((B, S), bool) if mask_BxS is None else mask_BxS
+    if positions_BxS is None:
+        positions_BxS = jnp.broadcast_to(jnp.arange(S, dtype=jnp.int32), (B, S))
+    x_BxSxD = weights.materialize(compat.read(model.embed), dtype)[tokens_BxS]
+    context = RouterContext(
+        mask_T=mask_BxS.reshape(-1), token_ids_T=tokens_BxS.reshape(-1), train=train
+    )
+    routings: list[Routing | None] = []
+    found: list[Taps] = []
+    states: list[Any] = []
+    for index, run in enumerate(model.runs):
+        length = run_length(run)
+        first = len(routings)
+        layer_keys = None if key is None else keys.fold_each(key, jnp.arange(first, first + length))
+        x_BxSxD, after, routed, tapped = _scan(
+            run,
+            x_BxSxD,
+            None if state is None else state[index],
+            (positions_BxS, mask_BxS, context, request),
+            layer_keys,
+        )
+        states.append(after)
+        routings += _by_layer(routed, length)
+        found += _by_layer(tapped, length)
+    return Encoding(
+        hidden_BxSxD=model.final_norm(x_BxSxD),
+        routings=tuple(routings),
+        taps=tuple(found),
+        state=None if state is None else tuple(states),
+    )
+
+
+def _scan(
+    run: Block, x: Array, state: Any, fixed: tuple, layer_keys: Array | None
+) -> tuple[Array, Any, Any, Taps]:
+    graphdef, stacked = nnx.split(run)
+    positions_BxS, mask_BxS, context, request = fixed
+
+    def body(x: Array, layer: tuple) -> tuple[Array, tuple]:
+        parameters, layer_state, layer_key = layer
+        block = nnx.merge(graphdef, parameters)
+        inside = dataclasses.replace(context, key=layer_key)
+        x, after, routing, found = block(x, layer_state, positions_BxS, mask_BxS, inside, request)
+        return x, (after, routing, found)
+
+    x, (after, routings, found) = jax.lax.scan(
+        body, x, (stacked, state, layer_keys), length=run_length(run)
+    )
+    return x, after, routings, found
+
+
+def _by_layer(stacked: Any, length: int) -> list[Any]:
+    return [jax.tree.map(lambda a, i=i: a[i], stacked) for i in range(length)]
+
+
+def init_state(model: DecoderLM, batch: int, length: int, dtype: Any = jnp.float32) -> State:
+    """An empty sequence state for `length` tokens, one entry per run, led by the layer axis."""
+    return tuple(_run_state(run, batch, length, dtype) for run in model.runs)
+
+
+def _run_state(run: Block, batch: int, length: int, dtype: Any) -> KVState | None:
+    if run.spec.mixer is None:
+        return None
+    one = init_kv(run.spec.mixer, batch, length, dtype)
+    return jax.tree.map(lambda a: jnp.broadcast_to(a, (run_length(run), *a.shape)), one)
+
+
+def layers(model: DecoderLM) -> list[Block]:
+    """The blocks of a model, first to last, each on its own."""
+    return [block for run in model.runs for block in unstack(run)]
+
+
+def with_layers(model: DecoderLM, blocks: list[Block]) -> DecoderLM:
+    """The model with other blocks: runs are formed anew and the spec follows the blocks."""
+    changed = compat.copied(model)
+    changed.spec = dataclasses.replace(model.spec, layers=tuple(block.spec for block in blocks))
+    changed.runs = nnx.List(stack(blocks))
+    return changed

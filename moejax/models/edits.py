@@ -1,0 +1,61 @@
+"""Edits of experts as pure functions on a block: select, permute."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+
+from moejax import weights
+from moejax.core import SpecError, compat
+from moejax.core.axes import EXPERT
+from moejax.models.block import Block
+from moejax.moe import MoESpec
+
+
+def select_experts(block: Block, keep: Sequence[int]) -> Block:
+    """The block with only the experts `keep`, in that order: bank, router rows and router state.
+
+    SpecError when the layer has no experts, an index is out of range or repeated, or fewer experts
+    are left than the router chooses per token.
+    """
+    ffn = block.spec.ffn
+    if not isinstance(ffn, MoESpec) or block.moe is None:
+        raise SpecError(
+            "this block has no experts to select.", "Select experts in MoE layers only."
+        )
+    if ffn.slots is not None:
+        raise SpecError(
+            "experts behind a slot map cannot be selected.", "Select before merging or bucketing."
+        )
+    if sorted(set(keep)) != sorted(keep) or not all(0 <= e < ffn.experts for e in keep):
+        raise SpecError(
+            f"keep = {list(keep)} is no selection of {ffn.experts} experts.",
+            f"Give distinct indices from 0 to {ffn.experts - 1}.",
+        )
+    smaller = dataclasses.replace(ffn, experts=len(keep))
+    index = jnp.asarray(list(keep), jnp.int32)
+    edited = compat.copied(block)
+    edited.spec = dataclasses.replace(block.spec, ffn=smaller)
+    edited.moe.spec = smaller
+    for name in ("gate", "up", "down"):
+        variable = getattr(edited.moe.experts, name)
+        compat.write(variable, weights.take(compat.read(variable), index))
+    axes = ffn.router.scores.axes()
+    for name, variable in edited.moe.router.scores.items():
+        where = axes[name].index(EXPERT)
+        compat.write(variable, jnp.take(compat.read(variable), index, axis=where))
+    for variable in edited.moe.router.selector.values():
+        compat.write(variable, jnp.take(compat.read(variable), index, axis=0))
+    return edited
+
+
+def permute_experts(block: Block, order: Sequence[int]) -> Block:
+    """The block with its experts and router rows in another order; its function stays the same."""
+    ffn = block.spec.ffn
+    if isinstance(ffn, MoESpec) and sorted(order) != list(range(ffn.experts)):
+        raise SpecError(
+            f"order = {list(order)} is no permutation.", f"Name each of {ffn.experts} experts once."
+        )
+    return select_experts(block, order)

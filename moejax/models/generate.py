@@ -1,0 +1,136 @@
+"""Generation with a donated sequence state: one prefill, then one scan over the new tokens."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from moejax.core import check_that, keys, spec
+from moejax.models.decoder import DecoderLM, forward, init_state
+
+
+@runtime_checkable
+class Sampler(Protocol):
+    """Next tokens [B] from logits [B, V]."""
+
+    def __call__(self, logits_BxV: Array, key: Array) -> Array: ...
+
+
+@spec
+class Greedy:
+    """The most likely token."""
+
+    def __call__(self, logits_BxV: Array, key: Array) -> Array:
+        return jnp.argmax(logits_BxV, axis=-1).astype(jnp.int32)
+
+
+@spec
+class Sample:
+    """A draw at `temperature` from the `top_k` likeliest tokens within `top_p` of the mass."""
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float = 1.0
+
+    def check(self) -> None:
+        check_that(self.temperature > 0, self, "temperature", "Use Greedy() for temperature 0.")
+        check_that(self.top_k is None or self.top_k >= 1, self, "top_k", "Keep at least one token.")
+        check_that(
+            0 < self.top_p <= 1,
+            self,
+            "top_p",
+            "It is a share of probability, above 0 and at most 1.",
+        )
+
+    def __call__(self, logits_BxV: Array, key: Array) -> Array:
+        logits = logits_BxV / self.temperature
+        if self.top_k is not None:
+            least = jax.lax.top_k(logits, self.top_k)[0][:, -1:]
+            logits = jnp.where(logits < least, -jnp.inf, logits)
+        if self.top_p < 1:
+            order = jnp.sort(logits, axis=-1, descending=True)
+            before = jnp.cumsum(jax.nn.softmax(order, axis=-1), axis=-1) - jax.nn.softmax(
+                order, axis=-1
+            )
+            least = jnp.min(jnp.where(before < self.top_p, order, jnp.inf), axis=-1, keepdims=True)
+            logits = jnp.where(logits < least, -jnp.inf, logits)
+        return jax.random.categorical(key, logits, axis=-1).astype(jnp.int32)
+
+
+def generate(
+    model: DecoderLM,
+    prompt_BxS: Array,
+    steps: int,
+    *,
+    sampler: Sampler = Greedy(),
+    key: Array | None = None,
+    mask_BxS: Array | None = None,
+    dtype: Any = jnp.float32,
+) -> Array:
+    """`steps` new tokens after each prompt: int32 [B, steps].
+
+    mask_BxS: False marks left padding of shorter prompts. key: required by drawing samplers only.
+    """
+    graphdef, parameters = nnx.split(model)
+    B, S = prompt_BxS.shape
+    mask_BxS = jnp.ones((B, S), bool) if mask_BxS is None else mask_BxS
+    state = init_state(model, B, S + steps, dtype)
+    first = jax.random.key(0) if key is None else key
+    logits, state = _prefill(graphdef, dtype, parameters, prompt_BxS, mask_BxS, state)
+    position_B = jnp.sum(mask_BxS, axis=1, dtype=jnp.int32)
+    tokens, _ = _decode(
+        graphdef, sampler, steps, dtype, parameters, logits, position_B, state, first
+    )
+    return tokens
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=5)
+def _prefill(
+    graphdef: Any, dtype: Any, parameters: Any, prompt_BxS: Array, mask_BxS: Array, state: Any
+) -> tuple[Array, Any]:
+    position_BxS = jnp.maximum(jnp.cumsum(mask_BxS, axis=1) - 1, 0).astype(jnp.int32)
+    out = forward(
+        nnx.merge(graphdef, parameters),
+        prompt_BxS,
+        mask_BxS=mask_BxS,
+        positions_BxS=position_BxS,
+        state=state,
+        dtype=dtype,
+    )
+    return out.logits_BxSxV[:, -1], out.state
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=7)
+def _decode(
+    graphdef: Any,
+    sampler: Sampler,
+    steps: int,
+    dtype: Any,
+    parameters: Any,
+    logits_BxV: Array,
+    position_B: Array,
+    state: Any,
+    key: Array,
+) -> tuple[Array, Any]:
+    model = nnx.merge(graphdef, parameters)
+
+    def step(carry: tuple, index: Array) -> tuple[tuple, Array]:
+        logits_BxV, state = carry
+        token_B = sampler(logits_BxV, keys.fold(key, index))
+        out = forward(
+            model,
+            token_B[:, None],
+            positions_BxS=(position_B + index)[:, None],
+            state=state,
+            dtype=dtype,
+        )
+        return (out.logits_BxSxV[:, 0], out.state), token_B
+
+    indices = jnp.arange(steps, dtype=jnp.int32)
+    (_, state), token_SxB = jax.lax.scan(step, (logits_BxV, state), indices)
+    return token_SxB.T, state  # returned, so that the donated buffers are used

@@ -1,0 +1,99 @@
+"""The routed feed-forward layer."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from moejax.core import Taps, check_that, compat, spec, taps
+from moejax.core.taps import Request
+from moejax.moe.activations import Activation, SiLU
+from moejax.moe.dispatch import Dispatch, Dropless
+from moejax.moe.experts import GatedExperts, GatedFFN
+from moejax.moe.router import Router, RouterSpec
+from moejax.moe.routing import RouterContext, Routing, SlotMap
+
+
+class Fixed(nnx.Variable):
+    """A table that is part of the model and never trains, such as a slot map."""
+
+
+@spec
+class SlotSpec:
+    """Stored experts that are not the router's: `stored` of them, up to `copies` per router's."""
+
+    stored: int
+    copies: int = 1
+
+
+@spec
+class MoESpec:
+    """A routed feed-forward: E router experts of hidden width F, a router, a dispatch.
+
+    shared_width: hidden width of all always-on shared experts (arXiv:2401.06066), 0 for none.
+    slots: set where stored experts differ from router experts (merged, replicated, reordered).
+    """
+
+    experts: int
+    width: int
+    router: RouterSpec
+    dispatch: Dispatch = Dropless()
+    activation: Activation = SiLU()
+    shared_width: int = 0
+    slots: SlotSpec | None = None
+
+    def check(self) -> None:
+        check_that(self.experts >= 1, self, "experts", "A MoE layer needs at least one expert.")
+        check_that(self.width >= 1, self, "width", "Give the hidden width of one expert.")
+        check_that(self.shared_width >= 0, self, "shared_width", "Use 0 for no shared experts.")
+        k = getattr(self.router.selector, "k", 1)
+        check_that(
+            k <= self.experts,
+            self,
+            "experts",
+            f"The router chooses {k} experts: raise experts or lower k.",
+        )
+
+    @property
+    def stored(self) -> int:
+        return self.experts if self.slots is None else self.slots.stored
+
+
+class MoELayer(nnx.Module):
+    """y = sum_k gate_k expert_k(x), plus shared experts if any (arXiv:1701.06538, eq. 1)."""
+
+    def __init__(self, spec: MoESpec, width: int, scale: float, *, rngs: nnx.Rngs):
+        self.spec = spec
+        self.router = Router(spec.router, width, spec.experts, scale, rngs=rngs)
+        self.experts = GatedExperts(
+            spec.stored, width, spec.width, spec.activation, scale, rngs=rngs
+        )
+        self.shared = (
+            GatedFFN(width, spec.shared_width, spec.activation, scale, rngs=rngs)
+            if spec.shared_width
+            else None
+        )
+        self.slots = Fixed(_spread_slots(spec)) if spec.slots else None
+
+    def __call__(
+        self, x_TxD: Array, context: RouterContext, request: Request
+    ) -> tuple[Array, Routing, Taps]:
+        routing = self.router(x_TxD, context)
+        slots = compat.read(self.slots) if self.slots is not None else None
+        expert_A = slots(routing.expert_A, routing.token_A) if slots else routing.expert_A
+        plan = self.spec.dispatch.plan(routing, expert_A, self.spec.stored)
+        rows_RxD, found = self.experts(plan.scatter(x_TxD), plan.group_sizes_E, request)
+        y_TxD = plan.gather(rows_RxD)
+        if self.shared is not None:
+            y_TxD = y_TxD + self.shared(x_TxD)
+        return y_TxD, routing, found.merged(taps.collect(request, routing=routing, dispatch=plan))
+
+
+def _spread_slots(spec: MoESpec) -> SlotMap:
+    """Router experts dealt over the stored ones in turn: the map before any surgery."""
+    assert spec.slots is not None
+    first_E = jnp.arange(spec.experts, dtype=jnp.int32) % spec.slots.stored
+    return SlotMap(
+        jnp.tile(first_E[:, None], (1, spec.slots.copies)), jnp.ones(spec.experts, jnp.int32)
+    )

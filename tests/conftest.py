@@ -1,0 +1,13 @@
+"""One CPU platform and one persistent compilation cache for all test processes."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import jax
+
+_CACHE = Path(os.environ.get("MOEJAX_CACHE", Path.home() / ".cache" / "moejax")) / "xla-tests"
+jax.config.update("jax_compilation_cache_dir", str(_CACHE))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
