@@ -1,0 +1,4 @@
+"""Kernels of moejax: one folder per op, each with an oracle and a portable fast path.
+
+Imports jax and numpy only. Today: `moejax_kernels.grouped_matmul`.
+"""
