@@ -1,0 +1,54 @@
+"""One function per subcommand; each imports what it needs after its first line is out."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def run(options: argparse.Namespace) -> None:
+    """`moejax run FILE`: builds the job and runs it in its folder."""
+    from moejax.cli.folders import run_folder
+
+    out = Path(options.out) if options.out else run_folder(options.file)
+    print(f"moejax run {options.file} -> {out}", flush=True)
+
+    from moejax.cli.execute import execute
+    from moejax.config import load_config
+
+    execute(load_config(options.file, options.bindings), out, options.words)
+
+
+def plan(options: argparse.Namespace) -> None:
+    """`moejax plan FILE`: prints what the job would do and cost."""
+    print(f"moejax plan {options.file}", flush=True)
+
+    from moejax.config import load_config
+
+    job = load_config(options.file, options.bindings).job()
+    print(job.plan() or f"{type(job).__name__} needs no plan: it costs next to nothing.")
+
+
+def report(options: argparse.Namespace) -> None:
+    """`moejax report DIR...`: draws the report of each run, or one page that compares them."""
+    from moejax.report import build_report, compare_reports
+
+    if options.out:
+        print(compare_reports(options.folders, options.out))
+        return
+    for folder in options.folders:
+        print(build_report(folder))
+
+
+def systems(options: argparse.Namespace) -> None:
+    """`moejax systems`: lists the systems of the literature that ship as configs."""
+    from rich.console import Console
+
+    from moejax.cli.systems import markdown, read_systems, show
+    from moejax.files import find_resource
+
+    found = read_systems(find_resource("configs", "systems"))
+    if options.markdown:
+        print(markdown(found), end="")
+    else:
+        show(found, Console())

@@ -1,0 +1,117 @@
+"""The `moejax` command: arguments in, exit status out.
+
+Nothing heavy is imported before the arguments are understood and the first line is printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+import moejax
+from moejax.cli import commands
+from moejax.cli.platform import choose_platform
+
+EXAMPLES = """examples:
+  moejax run quickstart.gin
+  moejax run compress/pmq --set IntegerProgram.average_bits=2.5 --out runs/pmq-2.5
+  moejax run runs/pmq-2.5/config.gin          take up an interrupted run
+  moejax plan systems/quantization/mc_moe     what it would cost, before anything is loaded
+  moejax report runs/pmq-2.5 runs/pmq-3.0 --out runs/comparison
+  moejax systems                              the systems of the literature that ship as configs
+
+A config is looked for in the working folder, then among those that ship with moejax.
+"""
+SET_HELP = (
+    "overrides a value of the config, such as GPTQ.bits=3 or \"Corpus.path='texts'\"; repeatable"
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns its exit status.
+
+    0: done; 1: a defect of moejax, with a traceback; 2: something the user can mend, named without
+    a traceback unless --debug is given; 130 and 143: stopped by Ctrl-C and by SIGTERM.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    options = _parser().parse_args(words)
+    options.words = ["moejax", *words]
+    choose_platform(os.environ)
+    try:
+        options.command(options)
+    except KeyboardInterrupt as stop:
+        print(f"moejax: interrupted.{options.after_stop}", file=sys.stderr)
+        return getattr(stop, "status", 130)
+    except SystemExit:  # 128 + signal, from a job that saved its state when the signal came
+        print(f"moejax: interrupted.{options.after_stop}", file=sys.stderr)
+        raise
+    except BrokenPipeError:  # `moejax systems | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except Exception as error:
+        from moejax.core.errors import MoejaxError
+
+        if options.debug or not isinstance(error, MoejaxError):
+            raise
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog="moejax", description=moejax.__doc__, epilog=EXAMPLES, formatter_class=layout
+    )
+    parser.add_argument("--version", action="version", version=f"moejax {moejax.__version__}")
+    parser.set_defaults(after_stop="")
+    subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    config = argparse.ArgumentParser(add_help=False)
+    config.add_argument("file", metavar="FILE", help="a gin file; .gin may be left out")
+    config.add_argument(
+        "--set", metavar="NAME=VALUE", action="append", default=[], help=SET_HELP, dest="bindings"
+    )
+
+    run = subparsers.add_parser(
+        "run",
+        parents=[config, common],
+        help="run a config and write a run folder",
+        epilog=EXAMPLES,
+        formatter_class=layout,
+    )
+    run.add_argument(
+        "--out",
+        metavar="DIR",
+        help="the run folder (default: runs/ and the name of FILE); a folder that holds the same "
+        "run is taken up where it stopped",
+    )
+    run.set_defaults(
+        command=commands.run, after_stop=" The same command takes the run up where it stopped."
+    )
+
+    plan = subparsers.add_parser(
+        "plan", parents=[config, common], help="say what a config would do and cost"
+    )
+    plan.set_defaults(command=commands.plan)
+
+    report = subparsers.add_parser(
+        "report", parents=[common], help="draw the reports of runs anew, or compare runs"
+    )
+    report.add_argument("folders", metavar="DIR", nargs="+", help="folders of runs")
+    report.add_argument(
+        "--out",
+        metavar="DIR",
+        help="write one report that compares the runs into DIR, instead of one into each run",
+    )
+    report.set_defaults(command=commands.report)
+
+    systems = subparsers.add_parser(
+        "systems", parents=[common], help="list the systems of the literature that ship as configs"
+    )
+    systems.add_argument("--markdown", action="store_true", help="as the page docs/systems.md")
+    systems.set_defaults(command=commands.systems)
+    return parser

@@ -1,0 +1,97 @@
+"""Bytes and bits of a model as it will be saved: exact, scales and zeros included."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from moejax import weights
+from moejax.compress.passes import Weight
+from moejax.compress.patterns import OUTSIDE
+from moejax.models import DecoderLM, parameters
+from moejax.runs import Ledger
+
+
+@dataclass(frozen=True)
+class Account:
+    """What a saved model takes.
+
+    stored_bytes: its payload; expert_bytes: the routed experts' part of it. parameters: how many
+    numbers it stands for. code_bits, bits_per_weight: of the matrices asked for, without and with
+    scales and zeros, means over weights.
+    """
+
+    stored_bytes: int
+    expert_bytes: int
+    parameters: int
+    code_bits: float
+    bits_per_weight: float
+
+
+def account(
+    model: DecoderLM, *, dtype: Any = jnp.bfloat16, matrices: Collection[str] | None = None
+) -> Account:
+    """The account of a model whose plain arrays are saved in `dtype`; abstract models will do.
+
+    matrices: canonical names that the bits are of, such as those a recipe `touched`; None for all
+    expert matrices, or all parameters where there are no experts.
+    """
+    named = parameters(model)
+    sizes = payload(model, dtype)
+    experts = [name for name in named if ".moe.experts." in name]
+    chosen = list(matrices) if matrices is not None else experts or list(named)
+    counts = {name: math.prod(weights.shape(named[name])) for name in chosen}
+    total = sum(counts.values())
+    bits = sum(counts[name] * stored_code_bits(named[name], dtype, name) for name in chosen)
+    return Account(
+        stored_bytes=sum(sizes.values()),
+        expert_bytes=sum(sizes[name] for name in experts),
+        parameters=sum(math.prod(weights.shape(w)) for w in named.values() if _is_weight(w)),
+        code_bits=bits / total,
+        bits_per_weight=8 * sum(sizes[name] for name in chosen) / total,
+    )
+
+
+def payload(model: DecoderLM, dtype: Any = jnp.bfloat16) -> dict[str, int]:
+    """Canonical name -> bytes on disk; their sum is `checkpoint.payload_bytes(model, dtype)`."""
+    return {name: stored_bytes(weight, dtype, name) for name, weight in parameters(model).items()}
+
+
+def stored_bytes(weight: Weight, dtype: Any, name: str = "") -> int:
+    """Bytes of a weight: formats and router state keep their dtypes, plain floats take `dtype`."""
+    if _retyped(weight, dtype, name):
+        return math.prod(weight.shape) * jnp.dtype(dtype).itemsize
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(weight))
+
+
+def stored_code_bits(weight: Weight, dtype: Any, name: str = "") -> float:
+    """Bits of one weight's code once it is saved."""
+    if _retyped(weight, dtype, name):
+        return 8.0 * jnp.dtype(dtype).itemsize
+    return float(weights.code_bits(weight))
+
+
+def touched(ledger: Ledger, arm: str) -> tuple[str, ...]:
+    """Canonical names of the matrices that the passes of an arm have rows for."""
+    places = {(row.layer, row.matrix): None for row in ledger if row.arm == arm}
+    return tuple(m if layer == OUTSIDE else f"layers.{layer}.{m}" for layer, m in places)
+
+
+def _retyped(weight: Weight, dtype: Any, name: str) -> bool:
+    """Whether saving casts it, by the rule of `checkpoint.save_model`."""
+    plain = isinstance(weight, jax.Array | jax.ShapeDtypeStruct)
+    return (
+        dtype is not None
+        and plain
+        and ".selector." not in name
+        and jnp.issubdtype(weight.dtype, jnp.floating)
+    )
+
+
+def _is_weight(value: Any) -> bool:
+    return isinstance(value, jax.Array | jax.ShapeDtypeStruct | weights.Format)

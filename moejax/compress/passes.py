@@ -1,0 +1,99 @@
+"""What a compression pass is: one decision over the whole model, then one edit per layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+from jax import Array
+
+from moejax.calibrate import Accumulator, LayerStatistics, Statistics
+from moejax.core.errors import SpecError
+from moejax.models import Block, ModelSpec
+
+Weight = Any  # a jax array or a moejax.weights.Format
+
+
+@dataclass(frozen=True)
+class MatrixEdit:
+    """What a pass did to one matrix, of one expert or of none; the driver adds what it costs.
+
+    matrix: name within the layer ("moe.experts.gate"), or of the model for a matrix outside layers.
+    expert: index in the block before the edit, None for a matrix of no expert.
+    calibrated: whether the statistics sufficed, for a pass that asks more than one token.
+    The other fields are those of `runs.LedgerRow`.
+    """
+
+    matrix: str
+    expert: int | None
+    relative_error: float | None = None
+    fallback: str | None = None
+    calibrated: bool = True
+    lineage: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class LayerEdit:
+    """A block after a pass.
+
+    experts: where the number or order of stored experts changed, the index that each had before.
+    """
+
+    block: Block
+    matrices: tuple[MatrixEdit, ...] = ()
+    experts: tuple[int, ...] | None = None
+
+
+@runtime_checkable
+class Pass(Protocol):
+    """A step of a recipe; a frozen spec."""
+
+    def check_model(self, model: ModelSpec) -> None:
+        """Raises SpecError for a model that it cannot treat; runs before any work is done."""
+        ...
+
+    def needs(self) -> tuple[Accumulator, ...]:
+        """The statistics that `decide` and `apply_layer` read."""
+        ...
+
+    def invalidates(self, accumulator: Accumulator) -> bool:
+        """Whether a statistic of the model before this pass no longer holds after it."""
+        ...
+
+    def decide(self, stats: Statistics, model: ModelSpec) -> Any:
+        """The plan for the whole model: scores, allocation, grouping."""
+        ...
+
+    def apply_layer(
+        self, index: int, block: Block, plan: Any, stats: LayerStatistics, key: Array
+    ) -> LayerEdit:
+        """Layer `index` after the pass. key: of this pass and layer."""
+        ...
+
+
+@runtime_checkable
+class OutsidePass(Pass, Protocol):
+    """A pass that may also touch weights outside the layers: `embed`, `head`."""
+
+    def apply_outside(
+        self, named: Mapping[str, Weight], plan: Any, key: Array
+    ) -> tuple[dict[str, Weight], tuple[MatrixEdit, ...]]:
+        """The changed ones of the weights `named`, and what was done to them."""
+        ...
+
+
+@runtime_checkable
+class Quantizer(Protocol):
+    """[*lead, K, N] -> the same weight in another format; `name` is for errors. jit-able."""
+
+    def __call__(self, w: Array, name: str = "") -> Any: ...
+
+
+def require_dense(w: Weight, name: str) -> None:
+    """Raises SpecError when a weight already has a format other than a plain array."""
+    if not isinstance(w, Array):
+        raise SpecError(
+            f"{name} is already stored as {type(w).__name__}.",
+            "Let one pass of the recipe choose the format of a matrix.",
+        )

@@ -1,0 +1,137 @@
+"""What a study expects of its numbers; the report prints each with its verdict, held or not."""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol, runtime_checkable
+
+from moejax.core import ConfigError, spec
+from moejax.runs import ArmResult, StudyResult, Verdict
+
+
+@runtime_checkable
+class Expectation(Protocol):
+    """A claim on a finished study."""
+
+    def __call__(self, study: StudyResult) -> Verdict: ...
+
+
+@spec
+class PerplexityChange:
+    """The perplexity of `arm`, against its base, changes by at least and at most so many per cent."""
+
+    arm: str
+    at_least: float = -math.inf
+    at_most: float = math.inf
+
+    def __call__(self, study: StudyResult) -> Verdict:
+        average = _arm(study, self.arm).average
+        if average.delta_nll is None:
+            raise ConfigError(f"the arm {self.arm!r} has no base.", "Expect changes of other arms.")
+        change = 100 * math.expm1(average.delta_nll)
+        error = 100 * (average.delta_stderr or 0.0)
+        wanted = _range(self.at_least, self.at_most, " %")
+        return Verdict(
+            name=f"perplexity of {self.arm} changes by {wanted}",
+            held=self.at_least <= change <= self.at_most,
+            detail=f"{change:+.3f} % (paired standard error {error:.3f} %)",
+        )
+
+
+@spec
+class BitsPerByteAgainst:
+    """Bits per byte of `arm` on `group` are at most `ratio` of those of a general compressor."""
+
+    arm: str
+    group: str
+    ratio: float
+    compressor: str = "xz -9e"
+
+    def __call__(self, study: StudyResult) -> Verdict:
+        ours = _domain(_arm(study, self.arm), self.group)
+        theirs = study.baselines[self.compressor][self.group]
+        return Verdict(
+            name=f"{self.arm} on {self.group}: at most {self.ratio:g} of {self.compressor}",
+            held=ours <= self.ratio * theirs,
+            detail=f"{ours:.3f} bits per byte against {theirs:.3f}, {ours / theirs:.3f}",
+        )
+
+
+@spec
+class MeanBitsPerByte:
+    """The mean over groups of the bits per byte of `arm` is at most `at_most`."""
+
+    arm: str
+    at_most: float
+
+    def __call__(self, study: StudyResult) -> Verdict:
+        domains = _arm(study, self.arm).domains
+        mean = sum(d.bits_per_byte for d in domains) / len(domains)
+        return Verdict(
+            name=f"{self.arm}: mean bits per byte of the groups at most {self.at_most:g}",
+            held=mean <= self.at_most,
+            detail=f"{mean:.3f}",
+        )
+
+
+@spec
+class Better:
+    """`arm` predicts better than `than` on every group."""
+
+    arm: str
+    than: str
+
+    def __call__(self, study: StudyResult) -> Verdict:
+        one, other = _arm(study, self.arm), _arm(study, self.than)
+        gaps = {d.group: _domain(other, d.group) - d.bits_per_byte for d in one.domains}
+        return Verdict(
+            name=f"{self.arm} is better than {self.than} on every group",
+            held=all(gap > 0 for gap in gaps.values()),
+            detail=", ".join(f"{g} {gap:+.3f}" for g, gap in gaps.items()) + " bits per byte less",
+        )
+
+
+@spec
+class NoDeadExpert:
+    """Every expert of every layer of `arm` gets tokens of the evaluation text."""
+
+    arm: str
+
+    def __call__(self, study: StudyResult) -> Verdict:
+        layers = [layer for layer in study.specialisation or () if layer]
+        shares = [[sum(column) for column in zip(*layer, strict=True)] for layer in layers]
+        idle = sum(share == 0 for layer in shares for share in layer)
+        least = min((min(layer) / sum(layer) for layer in shares), default=0.0)
+        return Verdict(
+            name=f"{self.arm} has no dead expert",
+            held=bool(shares) and idle == 0,
+            detail=f"{idle} idle; the least used one gets {100 * least:.2f} % of its layer",
+        )
+
+
+def _arm(study: StudyResult, name: str) -> ArmResult:
+    try:
+        return study.arm(name)
+    except KeyError as error:
+        raise ConfigError(
+            f"an expectation names the arm {name!r}, which the study has not.",
+            f"Its arms are {', '.join(repr(arm.name) for arm in study.arms)}.",
+        ) from error
+
+
+def _domain(arm: ArmResult, group: str) -> float:
+    for domain in arm.domains:
+        if domain.group == group:
+            return domain.bits_per_byte
+    raise ConfigError(
+        f"an expectation names the group {group!r}, which the text has not.",
+        f"Its groups are {', '.join(d.group for d in arm.domains)}.",
+    )
+
+
+def _range(low: float, high: float, unit: str) -> str:
+    if low == -math.inf:
+        return f"at most {high:g}{unit}"
+    if high == math.inf:
+        return f"at least {low:g}{unit}"
+    return f"{low:g} to {high:g}{unit}"

@@ -1,0 +1,41 @@
+"""Where a job's model comes from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+from moejax.checkpoint import Manifest, load_model, read_manifest
+from moejax.core import CheckpointError, spec
+from moejax.files import find_resource
+from moejax.models import DecoderLM
+
+
+@spec
+class SavedModel:
+    """A model folder: a path, or the name of a model that ships with moejax ("reference", "nano")."""
+
+    path: str
+
+    def load(self, dtype: Any = jnp.float32) -> DecoderLM:
+        """The model with plain float parameters in `dtype`; CheckpointError as `load_model`."""
+        return load_model(self.folder(), dtype=dtype)
+
+    def manifest(self) -> Manifest:
+        """What the folder's model.json says; no weights are read."""
+        return read_manifest(self.folder())
+
+    def folder(self) -> Path:
+        """The folder; a path in the working folder goes before a shipped name."""
+        here = Path(self.path)
+        if here.is_dir() or here.is_absolute() or len(here.parts) > 1:
+            return here
+        try:
+            return find_resource("assets", self.path)
+        except Exception as error:
+            raise CheckpointError(
+                f"there is no model folder {self.path!r}, and none of that name ships with moejax.",
+                "Give the model/ folder of a training run, or 'reference', 'nano'.",
+            ) from error

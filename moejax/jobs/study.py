@@ -1,0 +1,189 @@
+"""Compression studies: arms under one protocol, measured in one pass over the text."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from moejax.calibrate import Accumulator, Statistics, collect
+from moejax.checkpoint import payload_bytes, save_model
+from moejax.compress import Pass, account, check_recipe, compress, touched
+from moejax.core import ConfigError, check_that, spec
+from moejax.evaluate import Scores, evaluate, specialisation
+from moejax.jobs.expectations import Expectation
+from moejax.jobs.model_source import SavedModel
+from moejax.jobs.plan import Plan, plan_arms
+from moejax.jobs.text import Text
+from moejax.models import DecoderLM
+from moejax.report import build_report, print_summary
+from moejax.runs import ArmResult, Ledger, RunFolder, StudyResult, progress
+
+STORED = jnp.bfloat16  # of plain arrays in saved models, and so in every count of bytes
+
+
+@spec
+class Arm:
+    """A model and what is done to it. base: the arm it is compared with, None for none."""
+
+    name: str
+    model: SavedModel
+    recipe: tuple[Pass, ...] = ()
+    base: str | None = None
+
+
+@spec
+class Study:
+    """Arms side by side: perplexity, KL and agreement on `text`, paired with each arm's base.
+
+    calibration: the text that statistics are collected on; it shares no byte with `text` if the
+    config is honest, which the report states. specialisation_of: the arm whose routing is drawn.
+    """
+
+    arms: tuple[Arm, ...]
+    text: Text
+    calibration: Text
+    expectations: tuple[Expectation, ...] = ()
+    seed: int = 0
+    title: str = ""
+
+    def check(self) -> None:
+        check_that(len(self.arms) > 0, self, "arms", "Give at least one arm.")
+        names = [arm.name for arm in self.arms]
+        for arm in self.arms:
+            check_that(names.count(arm.name) == 1, arm, "name", "Another arm has this name.")
+            check_that(
+                arm.base is None or (arm.base in names and arm.base != arm.name),
+                arm,
+                "base",
+                f"The arms are {', '.join(names)}.",
+            )
+
+    def plan(self) -> Plan:
+        return plan_arms(self.arms, self.text.window)
+
+    def run(self, folder: RunFolder) -> None:
+        run_study(folder, self)
+
+
+@spec
+class Compress:
+    """One recipe on one model: measured against the model it starts from, and saved as model/."""
+
+    model: SavedModel
+    recipe: tuple[Pass, ...]
+    text: Text
+    calibration: Text
+    name: str = "compressed"
+    seed: int = 0
+
+    def _study(self) -> Study:
+        base = Arm(name="base", model=self.model)
+        arm = Arm(name=self.name, model=self.model, recipe=self.recipe, base="base")
+        return Study(arms=(base, arm), text=self.text, calibration=self.calibration, seed=self.seed)
+
+    def plan(self) -> Plan:
+        return self._study().plan()
+
+    def run(self, folder: RunFolder) -> None:
+        made = run_study(folder, self._study())[self.name]
+        facts = {"made_by": folder.facts["config_hash"], "from": self.model.path}
+        save_model(folder.model, made, dtype=STORED, facts=facts)
+
+
+def run_study(folder: RunFolder, study: Study) -> dict[str, DecoderLM]:
+    """Makes every arm, measures all of them, writes ledger, results and report; returns the models."""
+    loaded = {arm.model: arm.model.load() for arm in study.arms}
+    for arm in study.arms:
+        check_recipe(arm.recipe, loaded[arm.model].spec)
+    batches, group_bytes = study.text.batches()
+    calibration, _ = study.calibration.batches()
+
+    def statistics(model: DecoderLM, accumulators: Sequence[Accumulator]) -> Statistics:
+        with progress(len(calibration), "calibrate", "batches") as bar:
+            return collect(model, calibration, tuple(accumulators), progress=bar)
+
+    ledger = Ledger()
+    key = jax.random.key(study.seed)
+    models: dict[str, DecoderLM] = {}
+    with progress(study.arms, "compress", "arms") as arms:
+        for arm in arms:
+            models[arm.name] = compress(
+                loaded[arm.model], arm.recipe, statistics, key=key, arm=arm.name, ledger=ledger
+            )
+    ledger.save(folder.ledger_path)
+    bases = {arm.name: arm.base for arm in study.arms}
+    with progress(len(batches) * len(models), "evaluate", "batches") as bar:
+        scores = evaluate(models, batches, base=bases, group_bytes=group_bytes, progress=bar)
+    result = StudyResult(
+        protocol=_protocol(study, group_bytes),
+        arms=tuple(_result(arm, models[arm.name], scores[arm.name], ledger) for arm in study.arms),
+        baselines={"xz -9e": study.text.xz()},
+        specialisation=specialisation(scores[study.arms[0].name]),
+    )
+    verdicts = tuple(expect(result) for expect in study.expectations)
+    result = dataclasses.replace(result, verdicts=verdicts)
+    result.save(folder.results_path)
+    print_summary(result, build_report(folder))
+    return models
+
+
+def _result(arm: Arm, model: DecoderLM, scores: Scores, ledger: Ledger) -> ArmResult:
+    names = touched(ledger, arm.name)
+    books = account(model, names, STORED)
+    stored = payload_bytes(model, STORED)
+    if books.stored_bytes != stored:
+        raise ConfigError(
+            f"arm {arm.name!r}: the books say {books.stored_bytes} bytes, its file {stored}.",
+            "This is an error in moejax; please report it.",
+        )
+    return ArmResult(
+        name=arm.name,
+        base=arm.base,
+        passes=tuple(describe(step) for step in arm.recipe),
+        code_bits=books.code_bits,
+        bits_per_weight=books.bits_per_weight,
+        stored_bytes=stored,
+        expert_bytes=books.expert_bytes,
+        parameters=books.parameters,
+        domains=scores.domains,
+        average=scores.average,
+        seconds=scores.seconds,
+    )
+
+
+def describe(value: Any) -> str:
+    """A spec in one line, fields at their defaults left out: RoundToNearest(grid=...)."""
+    if not dataclasses.is_dataclass(value):
+        return repr(value)
+    fields = [
+        f"{field.name}={describe(getattr(value, field.name))}"
+        for field in dataclasses.fields(value)
+        if getattr(value, field.name) != field.default
+    ]
+    return f"{type(value).__name__}({', '.join(fields)})"
+
+
+def _protocol(study: Study, group_bytes: dict[str, int]) -> dict[str, Any]:
+    device = jax.devices()[0]
+    calibrated = study.calibration
+    return {
+        "text": f"{type(study.text.corpus).__name__}, held-out split",
+        "text fingerprint": study.text.corpus.fingerprint,
+        "bytes per group": group_bytes,
+        "window": f"{study.text.window} tokens, each window on its own",
+        "calibration": (
+            f"{type(calibrated.corpus).__name__}, held-out split, {calibrated.bytes_per_group} "
+            f"bytes per group after the first {calibrated.skip_bytes}"
+        ),
+        "tokenizer": study.text.tokenizer().sha256,
+        "models": {arm.model.path: arm.model.manifest().sha256 for arm in study.arms},
+        "seed": study.seed,
+        "activations": "float32",
+        "plain weights stored as": "bfloat16",
+        "device": f"{device.platform}, {device.device_kind}",
+        "standard errors": "paired by token, evaluation windows as clusters",
+    }

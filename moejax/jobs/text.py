@@ -1,0 +1,66 @@
+"""The text that a job evaluates or calibrates on."""
+
+from __future__ import annotations
+
+from moejax.core import check_that, spec
+from moejax.data import (
+    Corpus,
+    EvalBatch,
+    HeldoutSample,
+    Tokenizer,
+    heldout_documents,
+    shipped_tokenizer,
+    windows,
+    xz_bits_per_byte,
+)
+
+
+@spec
+class Text:
+    """`bytes_per_group` of held-out text of every group, `skip_bytes` of each group left out before.
+
+    window: tokens per window, which sees nothing of the windows before it. batch: windows at a time;
+    no figure depends on it.
+    """
+
+    corpus: Corpus = HeldoutSample()
+    bytes_per_group: int = 262_144
+    skip_bytes: int = 0
+    window: int = 256
+    batch: int = 16
+
+    def check(self) -> None:
+        for field in ("bytes_per_group", "window", "batch"):
+            check_that(getattr(self, field) >= 1, self, field, "It must be at least 1.")
+        check_that(self.skip_bytes >= 0, self, "skip_bytes", "Use 0 to start at the beginning.")
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that ships with moejax."""
+        return shipped_tokenizer()
+
+    def documents(self, group: str) -> tuple[str, ...]:
+        """The documents of a group."""
+        taken = heldout_documents(self.corpus, group, self.skip_bytes + self.bytes_per_group)
+        if not self.skip_bytes:
+            return taken
+        return taken[len(heldout_documents(self.corpus, group, self.skip_bytes)) :]
+
+    def batches(self) -> tuple[list[EvalBatch], dict[str, int]]:
+        """Windows of all groups, and bytes of text per group."""
+        tokenizer = self.tokenizer()
+        batches: list[EvalBatch] = []
+        sizes: dict[str, int] = {}
+        for group in self.corpus.groups:
+            documents = self.documents(group)
+            sizes[group] = sum(len(text.encode()) + 1 for text in documents)
+            tokens = tokenizer.encode_documents(documents)
+            end = tokenizer.end_of_document
+            batches += windows(tokens, self.window, self.batch, group=group, end_of_document=end)
+        return batches, sizes
+
+    def xz(self) -> dict[str, float]:
+        """Bits per byte of each group's text under xz -9e."""
+        return {
+            group: xz_bits_per_byte("".join(f"{t}\n" for t in self.documents(group)).encode())
+            for group in self.corpus.groups
+        }

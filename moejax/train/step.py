@@ -1,0 +1,187 @@
+"""One training step as a pure function on leaves: loss, gradient, update, router state."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from moejax.core import SpecError, keys
+from moejax.models import DecoderLM, Structure, combine, encode, partition
+from moejax.models.block import run_length
+from moejax.models.partition import Leaves
+from moejax.moe import RouterLoss
+from moejax.train.objective import cross_entropy, output_table
+from moejax.train.optimizer import Optimizer, is_matrix
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """What a step changes. step: int32 [], steps taken. frozen: codes, tables and router state."""
+
+    step: Array
+    trainable: Leaves
+    frozen: Leaves
+    optimizer: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class StepMetrics:
+    """What a step says, on the device until someone asks.
+
+    loss: mean nats per token. objective: loss and router losses. router_losses: by class name.
+    counts: per MoE layer, assignments of each router expert, float32 [E].
+    """
+
+    loss: Array
+    objective: Array
+    gradient_norm: Array
+    learning_rate: Array
+    router_losses: dict[str, Array]
+    counts: tuple[Array, ...]
+
+
+Step = Callable[[TrainState, Any], tuple[TrainState, StepMetrics]]
+
+
+def start(
+    model: DecoderLM,
+    optimizer: Optimizer,
+    steps: int,
+    trains: Callable[[str], bool] = lambda name: True,
+) -> tuple[Structure, TrainState]:
+    """The state before the first step. It takes over the model's arrays: a step donates them."""
+    structure, trainable, frozen = partition(model, trains)
+    first = jnp.zeros((), jnp.int32)
+    return structure, TrainState(
+        first, trainable, frozen, optimizer.transformation(steps).init(trainable)
+    )
+
+
+def train_step(
+    structure: Structure,
+    optimizer: Optimizer,
+    steps: int,
+    *,
+    losses: Sequence[RouterLoss] = (),
+    accumulate: int = 1,
+    dtype: Any = jnp.float32,
+    seed: int = 0,
+) -> Step:
+    """A jitted `(state, tokens_BxS1) -> (state, metrics)` that donates its state.
+
+    tokens_BxS1: int32, inputs and the token after each. steps: of the whole run, for the schedule.
+    accumulate: micro-batches that a batch is cut into; they give the gradient of the whole batch.
+    Router losses, router state and capacity see one micro-batch at a time: their values are the
+    means over micro-batches, so that a bias rule moves by its rate once per step.
+    dtype: of activations and of the matrices in a product; parameters, gradients, routers and
+    optimizer state stay float32.
+    """
+    rule = optimizer.transformation(steps)
+
+    def objective(
+        trainable: Leaves, frozen: Leaves, tokens_BxS1: Array, key: Array
+    ) -> tuple[Array, dict[str, Any]]:
+        model = combine(structure, in_compute_dtype(trainable, dtype), frozen)
+        encoding = encode(model, tokens_BxS1[:, :-1], train=True, key=key, dtype=dtype)
+        hidden_TxD = encoding.hidden_BxSxD.reshape(-1, encoding.hidden_BxSxD.shape[-1])
+        loss = cross_entropy(hidden_TxD, output_table(model, dtype), tokens_BxS1[:, 1:].reshape(-1))
+        routings = tuple(r for r in encoding.routings if r is not None)
+        router: dict[str, Array] = {}
+        for term in losses if routings else ():
+            name = type(term).__name__
+            router[name] = router.get(name, 0.0) + term(routings, None)
+        seen = {
+            "loss": loss,
+            "router": router,
+            "counts": tuple(r.counts_E() for r in routings),
+            "state": router_state(model, encoding.routings),
+        }
+        return loss + sum(router.values()), seen
+
+    gradient = jax.value_and_grad(objective, has_aux=True)
+
+    def step(state: TrainState, tokens_BxS1: Array) -> tuple[TrainState, StepMetrics]:
+        key = keys.fold(jax.random.key(seed), state.step)
+        parts = _micro_batches(tokens_BxS1, accumulate)
+
+        def one(index: Array) -> tuple[tuple[Array, dict], Leaves]:
+            return gradient(state.trainable, state.frozen, parts[index], keys.fold(key, index))
+
+        if accumulate == 1:
+            (value, seen), gradients = one(jnp.int32(0))
+        else:
+            (value, seen), gradients = _mean(one, accumulate)
+            seen["counts"] = jax.tree.map(lambda c: c * accumulate, seen["counts"])
+        updates, memory = rule.update(gradients, state.optimizer, state.trainable)
+        metrics = StepMetrics(
+            loss=seen["loss"],
+            objective=value,
+            gradient_norm=optax.global_norm(gradients),
+            learning_rate=optimizer.learning_rate(state.step, steps),
+            router_losses=seen["router"],
+            counts=seen["counts"],
+        )
+        after = TrainState(
+            step=state.step + 1,
+            trainable=optax.apply_updates(state.trainable, updates),
+            frozen={**state.frozen, **seen["state"]},
+            optimizer=memory,
+        )
+        return after, metrics
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def in_compute_dtype(trainable: Leaves, dtype: Any) -> Leaves:
+    """Matrices in `dtype`; norms and routers stay as they are."""
+    return {
+        name: leaf.astype(dtype) if is_matrix(name, leaf) and ".router." not in name else leaf
+        for name, leaf in trainable.items()
+    }
+
+
+def router_state(model: DecoderLM, routings: Sequence[Any]) -> Leaves:
+    """The new state of all routers that have one, under the names of `models.partition`."""
+    leaves: Leaves = {}
+    first = 0
+    for index, run in enumerate(model.runs):
+        layers = routings[first : first + run_length(run)]
+        first += len(layers)
+        if layers[0] is not None and layers[0].state:
+            for name in layers[0].state:
+                path = f"runs.{index}.moe.router.selector.{name}"
+                leaves[path] = jnp.stack([routing.state[name] for routing in layers])
+    return leaves
+
+
+def _micro_batches(tokens_BxS1: Array, accumulate: int) -> Array:
+    """[accumulate, B / accumulate, S + 1]"""
+    B, S1 = tokens_BxS1.shape
+    if B % accumulate:
+        raise SpecError(
+            f"a batch of {B} rows cannot be cut into {accumulate} micro-batches.",
+            "Choose accumulate so that it divides the batch.",
+            field="accumulate",
+        )
+    return tokens_BxS1.reshape(accumulate, B // accumulate, S1)
+
+
+def _mean(function: Callable[[Array], Any], count: int) -> Any:
+    """Mean of function(0), ..., function(count - 1), one at a time."""
+
+    def add(total: Any, index: Array) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, function(index)), None
+
+    zero = jax.tree.map(
+        lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(function, jnp.int32(0))
+    )
+    total, _ = jax.lax.scan(add, zero, jnp.arange(count, dtype=jnp.int32))
+    return jax.tree.map(lambda a: a / count, total)

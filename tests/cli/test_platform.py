@@ -1,0 +1,35 @@
+"""Which platform JAX may start."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+
+from moejax.cli.platform import choose_platform
+
+
+@pytest.mark.parametrize(
+    ("devices", "libtpu", "environ", "chosen"),
+    [
+        ([], True, {}, "cpu"),
+        (["vfio/vfio"], True, {}, "cpu"),  # the control node alone is no TPU
+        ([], False, {}, None),
+        (["accel0"], True, {}, None),
+        (["vfio/0"], True, {}, None),
+        (["nvidia0"], True, {}, None),
+        ([], True, {"JAX_PLATFORMS": "tpu"}, "tpu"),
+        ([], True, {"JAX_PLATFORMS": ""}, ""),
+    ],
+)
+def test_cpu_is_chosen_only_for_libtpu_without_a_device(
+    tmp_path, monkeypatch, devices, libtpu, environ, chosen
+):
+    """Catches an attached TPU or GPU that is ignored, and a user's choice overridden."""
+    for device in devices:
+        (tmp_path / device).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / device).touch()
+    found = importlib.util.find_spec("json") if libtpu else None
+    monkeypatch.setattr("moejax.cli.platform.importlib.util.find_spec", lambda name: found)
+    choose_platform(environ, tmp_path)
+    assert environ.get("JAX_PLATFORMS") == chosen
