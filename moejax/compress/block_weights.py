@@ -20,7 +20,7 @@ def block_weights(block: Block) -> dict[str, Weight]:
 
 def with_block_weights(block: Block, changed: Mapping[str, Weight]) -> Block:
     """A block with the weights `changed`; the given block stays as it is."""
-    edited = nnx.merge(*nnx.split(block))
+    edited = compat.copied(block)
     variables = _variables(edited)
     for name, value in changed.items():
         compat.write(variables[name], value)

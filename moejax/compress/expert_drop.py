@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import numpy as np
+from flax import nnx
 from jax import Array
 
 from moejax.calibrate import Accumulator, LayerStatistics, Statistics
@@ -12,7 +14,15 @@ from moejax.compress.block_weights import expert_matrices
 from moejax.compress.expert_scores import ExpertScore
 from moejax.compress.passes import LayerEdit, MatrixEdit
 from moejax.core import SpecError, check_that, spec
-from moejax.models import Block, LayerSpec, ModelSpec, select_experts
+from moejax.models import (
+    Block,
+    DecoderLM,
+    LayerSpec,
+    ModelSpec,
+    layers,
+    select_experts,
+    with_layers,
+)
 from moejax.moe import MoESpec
 from moejax.runs.ledger import DROPPED
 
@@ -42,6 +52,16 @@ class ExpertDrop:
     def check_model(self, model: ModelSpec) -> None:
         for layer, share in self._shares(model).items():
             _kept(layer, share, model)
+
+    def outline(self, model: DecoderLM) -> tuple[DecoderLM, tuple[str, ...]]:
+        blocks, names = layers(model), []
+        for layer, share in self._shares(model.spec).items():
+            first = range(_kept(layer, share, model.spec))
+            names += [f"layers.{layer}.{name}" for name in expert_matrices(blocks[layer])]
+            blocks[layer] = nnx.eval_shape(
+                functools.partial(select_experts, keep=first), blocks[layer]
+            )
+        return with_layers(model, blocks), tuple(names)
 
     def needs(self) -> tuple[Accumulator, ...]:
         return self.score.needs()

@@ -10,7 +10,7 @@ from jax import Array
 
 from moejax.calibrate import Accumulator, LayerStatistics, Statistics
 from moejax.core.errors import SpecError
-from moejax.models import Block, ModelSpec
+from moejax.models import Block, DecoderLM, ModelSpec
 
 Weight = Any  # a jax array or a moejax.weights.Format
 
@@ -51,6 +51,10 @@ class Pass(Protocol):
 
     def check_model(self, model: ModelSpec) -> None:
         """Raises SpecError for a model that it cannot treat; runs before any work is done."""
+        ...
+
+    def outline(self, model: DecoderLM) -> tuple[DecoderLM, tuple[str, ...]]:
+        """On a model of shapes: what it will become, and the names of the weights it touches."""
         ...
 
     def needs(self) -> tuple[Accumulator, ...]:

@@ -16,7 +16,7 @@ from moejax.compress.block_weights import EXPERTS, block_weights, with_block_wei
 from moejax.compress.passes import LayerEdit, MatrixEdit, Quantizer, Weight, require_dense
 from moejax.compress.patterns import OUTSIDE, in_layer, matching, parameter_shapes
 from moejax.core import spec
-from moejax.models import Block, ModelSpec
+from moejax.models import Block, DecoderLM, ModelSpec, parameters, with_parameters
 
 Plan = dict[int, tuple[str, ...]]  # layer, or OUTSIDE -> names of matrices in it
 
@@ -49,6 +49,11 @@ class RoundToNearest:
         for shape, name in first.items():
             wanted = jax.ShapeDtypeStruct(shape, jnp.float32)
             jax.eval_shape(functools.partial(self.grid, name=name), wanted)
+
+    def outline(self, model: DecoderLM) -> tuple[DecoderLM, tuple[str, ...]]:
+        names, named = self._names(model.spec), parameters(model)
+        changed = {n: jax.eval_shape(functools.partial(self.grid, name=n), named[n]) for n in names}
+        return with_parameters(model.spec, {**named, **changed}), names
 
     def needs(self) -> tuple[Accumulator, ...]:
         return ()
