@@ -7,6 +7,7 @@ run inside jit; an accumulator is a spec, static there, and says which taps it n
 
 from __future__ import annotations
 
+import abc
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -47,15 +48,15 @@ class Accumulator(Protocol):
         ...
 
 
-class _PerExpert:
+class _PerExpert(abc.ABC):
     """What one number per router expert shares: a state [E] of sums."""
 
     dtype: Any
     request: Request = frozenset({taps.ROUTING})
 
+    @abc.abstractmethod
     def of_batch(self, routing: Routing, mask_T: Array) -> Array:
         """[E] of one batch alone."""
-        raise NotImplementedError
 
     def init(self, layer: LayerSpec, model: ModelSpec) -> Array | None:
         return jnp.zeros(layer.ffn.experts, self.dtype) if isinstance(layer.ffn, MoESpec) else None

@@ -33,18 +33,16 @@ class Account:
     bits_per_weight: float
 
 
-def account(
-    model: DecoderLM, *, dtype: Any = jnp.bfloat16, matrices: Collection[str] | None = None
-) -> Account:
+def account(model: DecoderLM, matrices: Collection[str] = (), dtype: Any = jnp.bfloat16) -> Account:
     """The account of a model whose plain arrays are saved in `dtype`; abstract models will do.
 
-    matrices: canonical names that the bits are of, such as those a recipe `touched`; None for all
-    expert matrices, or all parameters where there are no experts.
+    matrices: canonical names that the bits are of, such as those a recipe `touched`; where there
+    are none, all expert matrices, or all parameters of a model without experts.
     """
     named = parameters(model)
     sizes = payload(model, dtype)
     experts = [name for name in named if ".moe.experts." in name]
-    chosen = list(matrices) if matrices is not None else experts or list(named)
+    chosen = list(matrices) or experts or list(named)
     counts = {name: math.prod(weights.shape(named[name])) for name in chosen}
     total = sum(counts.values())
     bits = sum(counts[name] * stored_code_bits(named[name], dtype, name) for name in chosen)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,12 +14,14 @@ from moejax.calibrate import Accumulator, ExpertCounts, GateMass, LayerStatistic
 from moejax.compress.accounting import stored_bytes, stored_code_bits
 from moejax.compress.block_weights import block_weights
 from moejax.compress.passes import LayerEdit, MatrixEdit, OutsidePass, Pass, Weight
-from moejax.compress.patterns import OUTSIDE
+from moejax.compress.patterns import OUTSIDE, in_layer
 from moejax.core import keys
 from moejax.models import (
     Block,
     DecoderLM,
+    LayerSpec,
     ModelSpec,
+    abstract_model,
     layers,
     parameters,
     with_layers,
@@ -53,37 +56,36 @@ def compress(
     progress: advances by one per pass and layer.
     """
     check_recipe(recipe, model.spec)
-    experts = [_numbered(block) for block in layers(model)]
+    experts = [_numbered(layer) for layer in model.spec.layers]
     known: Statistics | None = None
     valid: set[Accumulator] = set()
     for number, step in enumerate(recipe):
-        missing = _wanted(recipe[number:], valid)
-        if missing and not valid >= {*step.needs(), *_LEDGER}:
+        if not valid >= {*step.needs(), *_LEDGER}:
+            missing = _wanted(recipe[number:], valid)
             fresh = statistics(model, missing)
             kept = known.only([a.name for a in valid]) if known and valid else None
             known = kept.joined(fresh) if kept else fresh
             valid.update(missing)
         assert known is not None
-        plan = step.decide(known, model.spec)
-        pass_key = keys.fold(key, number)
+        plan, pass_key = step.decide(known, model.spec), keys.fold(key, number)
+        rows = functools.partial(_Rows, arm, type(step).__name__, known.tokens, dtype)
         blocks = layers(model)
         for index, block in enumerate(blocks):
             found = known.layers[index]
             edit = step.apply_layer(index, block, plan, found, keys.fold(pass_key, index))
             blocks[index] = edit.block
             seen = {} if _behind_slots(block) else found
-            rows = _Rows(arm, type(step).__name__, index, seen, known.tokens, dtype)
-            ledger.add(rows.of_layer(edit, experts[index]))
+            ledger.add(rows(index, seen).of_layer(edit, experts[index]))
             if edit.experts is not None:
                 experts[index] = [experts[index][e] for e in edit.experts]
             if progress is not None:
                 progress.advance(1)
         model = with_layers(model, blocks)
         if isinstance(step, OutsidePass):
-            named = {n: w for n, w in parameters(model).items() if not n.startswith("layers.")}
+            named = {n: w for n, w in parameters(model).items() if in_layer(n)[0] == OUTSIDE}
             changed, edits = step.apply_outside(named, plan, keys.fold(pass_key, len(blocks)))
-            rows = _Rows(arm, type(step).__name__, OUTSIDE, {}, known.tokens, dtype)
-            ledger.add(rows.of_matrix(edit, None, changed[edit.matrix]) for edit in edits)
+            outside = rows(OUTSIDE, {})
+            ledger.add(outside.of_matrix(edit, None, changed[edit.matrix]) for edit in edits)
             if changed:
                 model = with_parameters(model.spec, {**parameters(model), **changed})
         valid = {a for a in valid if not step.invalidates(a)}
@@ -91,9 +93,13 @@ def compress(
 
 
 def check_recipe(recipe: Sequence[Pass], model: ModelSpec) -> None:
-    """Raises SpecError if a pass cannot treat a model of this spec, before any work is done."""
+    """Raises SpecError if a pass cannot treat what earlier ones make of a model of this spec.
+
+    Nothing but shapes is computed.
+    """
+    outlined = abstract_model(model)
     for step in recipe:
-        step.check_model(model)
+        outlined, _ = step.outline(outlined)
 
 
 def _wanted(passes: Sequence[Pass], valid: set[Accumulator]) -> tuple[Accumulator, ...]:
@@ -111,10 +117,10 @@ class _Rows:
     """Ledger rows of one pass and layer: what the pass did, with what is known of every expert."""
 
     def __init__(
-        self, arm: str, name: str, layer: int, found: LayerStatistics, tokens: int, dtype: Any
+        self, arm: str, name: str, tokens: int, dtype: Any, layer: int, found: LayerStatistics
     ):
-        self.arm, self.name, self.layer, self.dtype = arm, name, layer, dtype
-        self.found, self.tokens = found, tokens
+        self.arm, self.name, self.tokens, self.dtype = arm, name, tokens, dtype
+        self.layer, self.found = layer, found
 
     def of_layer(self, edit: LayerEdit, experts: list[int]) -> list[LedgerRow]:
         """experts: the number in the first model of each expert before the edit."""
@@ -166,6 +172,5 @@ def _behind_slots(block: Block) -> bool:
     return isinstance(ffn, MoESpec) and ffn.slots is not None
 
 
-def _numbered(block: Block) -> list[int]:
-    ffn = block.spec.ffn
-    return list(range(ffn.stored)) if isinstance(ffn, MoESpec) else []
+def _numbered(layer: LayerSpec) -> list[int]:
+    return list(range(layer.ffn.stored)) if isinstance(layer.ffn, MoESpec) else []

@@ -49,10 +49,6 @@ class ExpertDrop:
         fits = all(0 <= share < 1 for share in shares)
         check_that(fits, self, "fraction", "Give shares from 0 (keep all) to below 1.")
 
-    def check_model(self, model: ModelSpec) -> None:
-        for layer, share in self._shares(model).items():
-            _kept(layer, share, model)
-
     def outline(self, model: DecoderLM) -> tuple[DecoderLM, tuple[str, ...]]:
         blocks, names = layers(model), []
         for layer, share in self._shares(model.spec).items():

@@ -11,6 +11,7 @@ from jax import Array
 from moejax.calibrate import Accumulator, LayerStatistics, Statistics
 from moejax.core.errors import SpecError
 from moejax.models import Block, DecoderLM, ModelSpec
+from moejax.weights import Format
 
 Weight = Any  # a jax array or a moejax.weights.Format
 
@@ -49,12 +50,11 @@ class LayerEdit:
 class Pass(Protocol):
     """A step of a recipe; a frozen spec."""
 
-    def check_model(self, model: ModelSpec) -> None:
-        """Raises SpecError for a model that it cannot treat; runs before any work is done."""
-        ...
-
     def outline(self, model: DecoderLM) -> tuple[DecoderLM, tuple[str, ...]]:
-        """On a model of shapes: what it will become, and the names of the weights it touches."""
+        """On a model of shapes: what it will become, and the names of the weights it touches.
+
+        Runs before any work is done: raises SpecError for a model that the pass cannot treat.
+        """
         ...
 
     def needs(self) -> tuple[Accumulator, ...]:
@@ -96,7 +96,7 @@ class Quantizer(Protocol):
 
 def require_dense(w: Weight, name: str) -> None:
     """Raises SpecError when a weight already has a format other than a plain array."""
-    if not isinstance(w, Array):
+    if isinstance(w, Format):
         raise SpecError(
             f"{name} is already stored as {type(w).__name__}.",
             "Let one pass of the recipe choose the format of a matrix.",

@@ -6,7 +6,6 @@ import functools
 from collections.abc import Iterable, Mapping
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
@@ -14,7 +13,7 @@ from moejax import weights
 from moejax.calibrate import Accumulator, LayerStatistics, Statistics
 from moejax.compress.block_weights import EXPERTS, block_weights, with_block_weights
 from moejax.compress.passes import LayerEdit, MatrixEdit, Quantizer, Weight, require_dense
-from moejax.compress.patterns import OUTSIDE, in_layer, matching, parameter_shapes
+from moejax.compress.patterns import OUTSIDE, in_layer, matching
 from moejax.core import spec
 from moejax.models import Block, DecoderLM, ModelSpec, parameters, with_parameters
 
@@ -43,17 +42,16 @@ class RoundToNearest:
     grid: Quantizer
     parameters: str = "layers.*.moe.experts.*"
 
-    def check_model(self, model: ModelSpec) -> None:
-        shapes = parameter_shapes(model)
-        first = {shapes[name]: name for name in reversed(self._names(model))}
-        for shape, name in first.items():
-            wanted = jax.ShapeDtypeStruct(shape, jnp.float32)
-            jax.eval_shape(functools.partial(self.grid, name=name), wanted)
-
     def outline(self, model: DecoderLM) -> tuple[DecoderLM, tuple[str, ...]]:
         names, named = self._names(model.spec), parameters(model)
-        changed = {n: jax.eval_shape(functools.partial(self.grid, name=n), named[n]) for n in names}
-        return with_parameters(model.spec, {**named, **changed}), names
+        made: dict[tuple, Weight] = {}  # traced once per shape, not once per layer
+        for name in names:
+            require_dense(named[name], name)
+            kind = (named[name].shape, named[name].dtype)
+            if kind not in made:
+                made[kind] = jax.eval_shape(functools.partial(self.grid, name=name), named[name])
+            named[name] = made[kind]
+        return with_parameters(model.spec, named), names
 
     def needs(self) -> tuple[Accumulator, ...]:
         return ()

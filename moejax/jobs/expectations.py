@@ -18,7 +18,7 @@ class Expectation(Protocol):
 
 @spec
 class PerplexityChange:
-    """The perplexity of `arm`, against its base, changes by at least and at most so many per cent."""
+    """The perplexity of `arm` changes against its base by so many per cent."""
 
     arm: str
     at_least: float = -math.inf

@@ -15,7 +15,7 @@ from moejax.models import DecoderLM
 
 @spec
 class SavedModel:
-    """A model folder: a path, or the name of a model that ships with moejax ("reference", "nano")."""
+    """A model folder: a path, or the name of a shipped model ("reference", "nano")."""
 
     path: str
 

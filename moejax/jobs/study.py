@@ -95,7 +95,7 @@ class Compress:
 
 
 def run_study(folder: RunFolder, study: Study) -> dict[str, DecoderLM]:
-    """Makes every arm, measures all of them, writes ledger, results and report; returns the models."""
+    """Makes and measures every arm, writes ledger, results and report; returns the models."""
     loaded = {arm.model: arm.model.load() for arm in study.arms}
     for arm in study.arms:
         check_recipe(arm.recipe, loaded[arm.model].spec)
@@ -127,7 +127,7 @@ def run_study(folder: RunFolder, study: Study) -> dict[str, DecoderLM]:
     verdicts = tuple(expect(result) for expect in study.expectations)
     result = dataclasses.replace(result, verdicts=verdicts)
     result.save(folder.results_path)
-    print_summary(result, build_report(folder))
+    print_summary(result, report=build_report(folder))
     return models
 
 

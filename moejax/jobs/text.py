@@ -17,10 +17,10 @@ from moejax.data import (
 
 @spec
 class Text:
-    """`bytes_per_group` of held-out text of every group, `skip_bytes` of each group left out before.
+    """`bytes_per_group` of held-out text of every group, after the first `skip_bytes` of it.
 
-    window: tokens per window, which sees nothing of the windows before it. batch: windows at a time;
-    no figure depends on it.
+    window: tokens per window, which sees nothing of the windows before it. batch: windows at a
+    time; no figure depends on it.
     """
 
     corpus: Corpus = HeldoutSample()

@@ -173,9 +173,7 @@ class Train:
 
     def _validation_text(self) -> ValidationText:
         store = tokenize_corpus(self.corpus, self.tokenizer, "valid")
-        return validation_text(
-            store, self.tokenizer, self.evaluate_bytes, self.length, self.batch
-        )
+        return validation_text(store, self.tokenizer, self.evaluate_bytes, self.length, self.batch)
 
     def _scores(self, model: DecoderLM, text: ValidationText) -> Scores:
         with progress(len(text.batches), "evaluate", "batches") as bar:

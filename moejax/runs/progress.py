@@ -31,8 +31,8 @@ def progress(
     for batch in progress(batches, "calibrate", "batches"): ...
     with progress(500, "train", "steps") as bar: bar.advance(1, loss=2.31)
 
-    Nothing shows for work of less than `quiet_seconds`; at 0 it shows at once. Without a terminal a plain line comes every
-    `line_seconds`.
+    Nothing shows for work of less than `quiet_seconds`; at 0 it shows at once. Without a terminal a
+    plain line comes every `line_seconds`.
     """
     return Progress(work, what, unit, quiet_seconds, line_seconds, console or Console(stderr=True))
 

@@ -78,7 +78,8 @@ def train(
             done += 1
             log.add(done, tokens_BxS1[:, 1:].size, said)
             stopping = interruption.signal is not None
-            evaluating = schedule.due(schedule.evaluate_every, done) and not stopping
+            evaluating = bool(evaluators) and schedule.due(schedule.evaluate_every, done)
+            evaluating = evaluating and not stopping
             saving = schedule.due(schedule.checkpoint_every, done) or stopping
             if schedule.due(schedule.log_every, done) or evaluating or saving:
                 log.flush()

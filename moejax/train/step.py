@@ -124,7 +124,7 @@ def train_step(
         metrics = StepMetrics(
             loss=seen["loss"],
             objective=value,
-            gradient_norm=optax.global_norm(gradients),
+            gradient_norm=optax.tree.norm(gradients),
             learning_rate=optimizer.learning_rate(state.step, steps),
             router_losses=seen["router"],
             counts=seen["counts"],

@@ -24,14 +24,14 @@ from moejax.weights.format import (
 from moejax.weights.manifest import abstract_from_meta, flatten, format_meta, unflatten
 
 # Formats
-from moejax.weights.buckets import Buckets  # isort: skip
-from moejax.weights.codebook import Codebook, pack_codebook  # isort: skip
-from moejax.weights.low_rank import LowRank, truncated_svd  # isort: skip
-from moejax.weights.packed import Packed, pack, pack_codes, unpack_codes  # isort: skip
-from moejax.weights.sums import Sum  # isort: skip
+from moejax.weights.buckets import Buckets
+from moejax.weights.codebook import Codebook, pack_codebook
+from moejax.weights.low_rank import LowRank, truncated_svd
+from moejax.weights.packed import Packed, pack, pack_codes, unpack_codes
+from moejax.weights.sums import Sum
 
 # Quantizers
-from moejax.weights.quantize import AsymmetricGrid, Log2Grid, SymmetricGrid  # isort: skip
+from moejax.weights.quantize import AsymmetricGrid, Log2Grid, SymmetricGrid
 
 __all__ = [
     "AsymmetricGrid",

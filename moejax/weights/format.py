@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import math
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ C = TypeVar("C", bound=type)
 
 
 @dataclasses.dataclass(frozen=True)
-class Format:
+class Format(abc.ABC):
     """A matrix, or a stack of matrices [*lead, K, N], stored in some other way than as one array.
 
     A subclass is a frozen dataclass under `@register_format`. Its fields named in `meta_fields`
@@ -33,27 +34,27 @@ class Format:
     meta_fields: ClassVar[tuple[str, ...]] = ()
     trainable: ClassVar[tuple[str, ...]] = ()  # leaf fields that an optimizer may change
 
+    @abc.abstractmethod
     def materialize(self, dtype: Any = jnp.float32) -> Array:
         """The weight as one array [*lead, K, N]."""
-        raise NotImplementedError
 
     @property
+    @abc.abstractmethod
     def shape(self) -> tuple[int, ...]:
         """(*lead, K, N) of the weight it stands for."""
-        raise NotImplementedError
 
     @property
+    @abc.abstractmethod
     def code_bits(self) -> float:
         """Bits of one weight's code, scales and zeros not counted."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def axes(self, logical: Sequence[str | None]) -> dict[str, tuple[str | None, ...]]:
         """Leaf name (as in `flatten`) -> logical axis names, given those of [*lead, K, N]."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def check(self) -> None:
         """Raises SpecError if leaves and meta fields do not fit; works on shapes alone."""
-        raise NotImplementedError
 
     @property
     def ndim(self) -> int:

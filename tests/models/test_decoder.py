@@ -139,7 +139,7 @@ def test_taps_answer_what_was_asked(run, model, tokens_BxS):
 
 
 def test_attention_mass_is_a_column_mean_over_later_tokens(run, model, tokens_BxS):
-    """Catches a mean over keys, which is 1 per row whatever the attention (MC-MoE's released code)."""
+    """Catches a mean over keys: 1 per row whatever the attention (MC-MoE's released code)."""
     mass = run(model, tokens_BxS).taps[0]["attention_mass"]
     S = tokens_BxS.shape[1]
     paid = np.asarray(mass) * np.maximum(S - 1 - np.arange(S), 0)

@@ -11,7 +11,7 @@ from moejax.models import Greedy, Sample, generate, parameters, with_parameters
 
 
 def repeated(run, model, tokens_BxS, steps):
-    """Greedy tokens by full passes over a text padded to its final length; causality hides the pad."""
+    """Greedy tokens by full passes over a text of final length; causality hides the padding."""
     S = tokens_BxS.shape[1]
     text = jnp.pad(tokens_BxS, ((0, 0), (0, steps)))
     for at in range(S, S + steps):

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from moejax.runs import Progress, duration, progress
-from moejax.runs import progress as progress_function
+from moejax.runs.progress import _DISPLAY
 
 
 class Heard(io.StringIO):
@@ -81,9 +81,7 @@ def test_nested_bars_share_one_display():
         for _ in progress(range(2), "experts", quiet_seconds=0, console=console):
             pass
     assert "layers" in out.getvalue() and "experts" in out.getvalue()
-    from importlib import import_module
-
-    assert import_module("moejax.runs.progress")._DISPLAY._bars is None
+    assert _DISPLAY._bars is None
 
 
 def test_an_error_stops_the_display():
@@ -108,4 +106,3 @@ def test_durations_read_as_people_say_them():
         "90 min",
         "2 h 30 min",
     ]
-    assert callable(progress_function)

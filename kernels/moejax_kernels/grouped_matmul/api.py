@@ -141,6 +141,7 @@ def _choose(backend, by_loop, by_ragged_dot, *arrays):
 
 
 def _ragged(x_RxK: Array, w_ExKxN: Array, group_sizes_G: Array) -> Array:
+    # Rows beyond the groups are undefined on some platforms, and may hold NaN.
     used_Rx1 = (jnp.arange(x_RxK.shape[0]) < group_sizes_G.sum())[:, None]
     x_RxK = jnp.where(used_Rx1, x_RxK, 0)
     common = jnp.promote_types(x_RxK.dtype, w_ExKxN.dtype)

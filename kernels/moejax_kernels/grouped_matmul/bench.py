@@ -2,8 +2,9 @@
 
 Contenders take turns in one process, so that other load on the machine meets all of them; the
 table gives the median time and the median of the ratios within a turn. `dense` is one matmul of
-the same flops, the limit; a backend that would need E times the flops runs only where it ends
-soon. Shapes whose weights exceed --memory are cut in E, rows in proportion, and marked.
+the same flops with a single expert: the limit at prefill, while at decode it reads fewer weights.
+A backend that would need E times the flops runs only where it ends soon. Shapes whose weights
+exceed --memory are cut in E, rows in proportion, and marked.
 """
 
 from __future__ import annotations

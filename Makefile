@@ -1,0 +1,43 @@
+# Everything lives in .venv, installed from constraints.txt. Python 3.11, pip and make are enough.
+PYTHON ?= python3.11
+EXTRAS ?= test
+BIN := .venv/bin
+RUN := $(BIN)/python -m moejax
+export JAX_PLATFORMS ?= cpu
+
+.PHONY: setup quickstart report test slow lint bench systems clean
+
+setup: .venv/installed-$(EXTRAS)
+
+.venv/installed-$(EXTRAS): pyproject.toml setup.py constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$(EXTRAS)]"
+	touch $@
+
+quickstart: setup
+	$(RUN) run quickstart --out runs/quickstart
+
+report: setup
+	$(RUN) run report --out runs/report
+
+test: setup
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
+
+slow: setup
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "slow or assets or chromium"
+
+lint: EXTRAS := test,lint
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+bench: setup
+	$(BIN)/python -m moejax_kernels.grouped_matmul.bench
+
+systems: setup
+	$(BIN)/python -m pytest -n 2 --dist loadgroup tests/systems -m ""
+	$(RUN) systems --markdown > docs/systems.md
+
+clean:
+	rm -rf .venv build dist *.egg-info runs

@@ -1,0 +1,89 @@
+"""The formats that the contract test runs over; every later format joins here.
+
+A builder takes the leading axes and a seed and returns the weight [*lead, K, N] with its value in
+float64, computed by numpy from the formula in the format's docstring. lead ends with E = 4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+import numpy as np
+
+from moejax.weights import Buckets, Codebook, LowRank, Sum, pack, pack_codebook
+
+E, K, N = 4, 32, 6
+Builder = Callable[[tuple[int, ...], int], tuple]
+
+
+def _float(generator, *shape, dtype="float32"):
+    return generator.standard_normal(shape).astype(dtype)
+
+
+def dense(lead, seed):
+    w = _float(np.random.default_rng(seed), *lead, K, N)
+    return jnp.asarray(w), np.float64(w)
+
+
+def packed(bits, group, zero_dtype, scale_dtype="float16"):
+    def build(lead, seed):
+        generator = np.random.default_rng(seed)
+        codes = generator.integers(0, 2**bits, (*lead, K, N))
+        scale = _float(generator, *lead, K // group, N, dtype=scale_dtype)
+        zero, shift = None, np.float64(2 ** (bits - 1))
+        if zero_dtype:
+            zero = generator.uniform(0, 2**bits - 1, scale.shape).astype(zero_dtype)
+            shift = np.repeat(np.float64(zero), group, axis=-2)
+            zero = jnp.asarray(zero)
+        exact = (codes - shift) * np.repeat(np.float64(scale), group, axis=-2)
+        return pack(jnp.asarray(codes), jnp.asarray(scale), zero, bits, group), exact
+
+    return build
+
+
+def codebook(lead, seed) -> tuple[Codebook, np.ndarray]:
+    generator = np.random.default_rng(seed)
+    codes = generator.integers(0, 16, (*lead, K, N))
+    scale = _float(generator, *lead, K // 8, N, dtype="float16")
+    levels = _float(generator, *lead, 16)
+    exact = np.take_along_axis(np.float64(levels)[..., None], codes, axis=-2)
+    exact = exact * np.repeat(np.float64(scale), 8, axis=-2)
+    leaves = (jnp.asarray(codes), jnp.asarray(scale), jnp.asarray(levels))
+    return pack_codebook(*leaves, bits=4, group=8), exact
+
+
+def low_rank(lead, seed) -> tuple[LowRank, np.ndarray]:
+    generator = np.random.default_rng(seed)
+    u = _float(generator, *lead, K, 3, dtype="float16")
+    v = _float(generator, *lead, 3, N, dtype="float16")
+    return LowRank(jnp.asarray(u), jnp.asarray(v)), np.float64(u) @ np.float64(v)
+
+
+def sum_of(*builders):
+    def build(lead, seed):
+        parts = [builder(lead, seed + i) for i, builder in enumerate(builders)]
+        return Sum(tuple(w for w, _ in parts)), sum(exact for _, exact in parts)
+
+    return build
+
+
+def buckets(lead, seed) -> tuple[Buckets, np.ndarray]:
+    *front, experts = lead
+    sizes = (1, 1, experts - 2)
+    builders = (packed(2, 32, "uint8"), dense, sum_of(packed(3, 16, None), dense))
+    parts = [b((*front, n), seed + i) for i, (b, n) in enumerate(zip(builders, sizes, strict=True))]
+    exact = np.concatenate([exact for _, exact in parts], axis=-3)
+    return Buckets(tuple(w for w, _ in parts)), exact
+
+
+FORMATS: list[tuple[str, Builder]] = [
+    ("dense", dense),
+    ("packed_2_symmetric", packed(2, 16, None)),
+    ("packed_3_asymmetric", packed(3, 8, "uint8")),
+    ("packed_8_float_zero", packed(8, K, "float16", "float32")),
+    ("codebook", codebook),
+    ("low_rank", low_rank),
+    ("sum", sum_of(packed(3, 16, None), low_rank)),
+    ("buckets", buckets),
+]
