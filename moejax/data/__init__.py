@@ -23,12 +23,13 @@ from moejax.data.tokenizer import (
     train_tokenizer,
 )
 from moejax.data.windows import EvalBatch, heldout_windows, windows
-from moejax.data.xz_baseline import xz_bits_per_byte
+from moejax.data.xz_baseline import MOST_PRIMING_BYTES, xz_bits_per_byte
 
 __all__ = [
     "END_OF_DOCUMENT",
     "GROUPS",
     "HELDOUT_BYTES",
+    "MOST_PRIMING_BYTES",
     "SPLITS",
     "Batch",
     "Batches",

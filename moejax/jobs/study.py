@@ -13,6 +13,7 @@ from moejax.calibrate import Accumulator, Statistics, collect
 from moejax.checkpoint import payload_bytes, save_model
 from moejax.compress import Pass, account, check_recipe, compress, touched
 from moejax.core import ConfigError, check_that, spec
+from moejax.data import Corpus
 from moejax.evaluate import Scores, evaluate, specialisation
 from moejax.jobs.expectations import Expectation
 from moejax.jobs.model_source import SavedModel
@@ -40,13 +41,15 @@ class Study:
     """Arms side by side: perplexity, KL and agreement on `text`, paired with each arm's base.
 
     calibration: the text that statistics are collected on; it shares no byte with `text` if the
-    config is honest, which the report states. specialisation_of: the arm whose routing is drawn.
+    config is honest, which the report states. priming: training text that xz reads first in a
+    second baseline. The routing of the first arm is drawn.
     """
 
     arms: tuple[Arm, ...]
     text: Text
     calibration: Text
     expectations: tuple[Expectation, ...] = ()
+    priming: Corpus | None = None
     seed: int = 0
     title: str = ""
 
@@ -90,7 +93,7 @@ class Compress:
 
     def run(self, folder: RunFolder) -> None:
         made = run_study(folder, self._study())[self.name]
-        facts = {"made_by": folder.facts["config_hash"], "from": self.model.path}
+        facts = {"made_by": folder.facts["config_sha256"], "from": self.model.path}
         save_model(folder.model, made, dtype=STORED, facts=facts)
 
 
@@ -121,7 +124,7 @@ def run_study(folder: RunFolder, study: Study) -> dict[str, DecoderLM]:
     result = StudyResult(
         protocol=_protocol(study, group_bytes),
         arms=tuple(_result(arm, models[arm.name], scores[arm.name], ledger) for arm in study.arms),
-        baselines={"xz -9e": study.text.xz()},
+        baselines=_baselines(study),
         specialisation=specialisation(scores[study.arms[0].name]),
     )
     verdicts = tuple(expect(result) for expect in study.expectations)
@@ -165,6 +168,15 @@ def describe(value: Any) -> str:
         if getattr(value, field.name) != field.default
     ]
     return f"{type(value).__name__}({', '.join(fields)})"
+
+
+def _baselines(study: Study) -> dict[str, dict[str, float]]:
+    with progress(1 + (study.priming is not None), "xz -9e", "baselines") as bar:
+        found = {"xz -9e": study.text.xz()}
+        bar.advance(1)
+        if study.priming is not None:
+            found["xz -9e after 10 MB of training text"] = study.text.xz(study.priming)
+    return found
 
 
 def _protocol(study: Study, group_bytes: dict[str, int]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from moejax.core import check_that, spec
 from moejax.data import (
+    MOST_PRIMING_BYTES,
     Corpus,
     EvalBatch,
     HeldoutSample,
@@ -58,9 +59,23 @@ class Text:
             batches += windows(tokens, self.window, self.batch, group=group, end_of_document=end)
         return batches, sizes
 
-    def xz(self) -> dict[str, float]:
-        """Bits per byte of each group's text under xz -9e."""
+    def xz(self, priming: Corpus | None = None) -> dict[str, float]:
+        """Bits per byte of each group's text under xz -9e, which has read `priming` before."""
         return {
-            group: xz_bits_per_byte("".join(f"{t}\n" for t in self.documents(group)).encode())
+            group: xz_bits_per_byte(
+                "".join(f"{t}\n" for t in self.documents(group)).encode(),
+                _beginning(priming, group) if priming else None,
+            )
             for group in self.corpus.groups
         }
+
+
+def _beginning(corpus: Corpus, group: str) -> bytes:
+    """The first training text of a group, as much as xz_bits_per_byte looks at."""
+    taken, size = [], 0
+    for text in corpus.documents(group, "train"):
+        taken.append(f"{text}\n".encode())
+        size += len(taken[-1])
+        if size >= MOST_PRIMING_BYTES:
+            break
+    return b"".join(taken)

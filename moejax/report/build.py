@@ -6,6 +6,8 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from moejax.core.atomic import write_atomically
+from moejax.report.markdown import study_markdown
 from moejax.report.page import Page
 from moejax.report.study import (
     add_experts,
@@ -20,7 +22,7 @@ from moejax.runs import RUNNING, Ledger, RunFolder, StudyResult, metrics, read_m
 
 
 def build_report(folder: RunFolder | Path | str) -> Path:
-    """Writes report.html, report.json and plots/ of a run from what lies in its folder.
+    """Writes report.html, report.json, report.md and plots/ of a run from what lies in its folder.
 
     Sections follow what the run left: results.json gives the study, metrics.jsonl with a loss the
     training, ledger.jsonl the experts.
@@ -52,6 +54,8 @@ def build_report(folder: RunFolder | Path | str) -> Path:
         add_specialisation(page, study)
         add_protocol(page, study)
     _add_provenance(page, run)
+    if study is not None:
+        write_atomically(run.path / "report.md", study_markdown(study, run.facts))
     return page.save(run.path)
 
 
