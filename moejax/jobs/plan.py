@@ -28,9 +28,14 @@ from moejax.models import (
 class PlannedArm(Protocol):
     """What a plan needs to know of an arm."""
 
-    name: str
-    model: SavedModel
-    recipe: tuple[Pass, ...]
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def model(self) -> SavedModel: ...
+
+    @property
+    def recipe(self) -> tuple[Pass, ...]: ...
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Models: specs, the decoder, sequence state, generation, edits."""
 
 # What a model is
-from moejax.models.spec import AttentionSpec, DenseSpec, LayerSpec, ModelSpec, attention
+from moejax.models.spec import AttentionSpec, DenseSpec, LayerSpec, ModelSpec, even_attention
 
 # The decoder
 from moejax.models.block import Block
@@ -42,10 +42,10 @@ __all__ = [
     "Sample",
     "Structure",
     "abstract_model",
-    "attention",
     "combine",
     "count_parameters",
     "encode",
+    "even_attention",
     "flops_per_token",
     "forward",
     "generate",

@@ -80,7 +80,9 @@ class ModelSpec:
         return tuple(i for i, layer in enumerate(self.layers) if isinstance(layer.ffn, MoESpec))
 
 
-def attention(width: int, heads: int, kv_heads: int, rope_base: float = 10_000.0) -> AttentionSpec:
+def even_attention(
+    width: int, heads: int, kv_heads: int, rope_base: float = 10_000.0
+) -> AttentionSpec:
     """Attention whose heads share the model width D evenly; SpecError if they cannot."""
     probe = AttentionSpec(heads=heads, kv_heads=kv_heads, head_width=2, rope_base=rope_base)
     check_that(width % heads == 0, probe, "heads", f"It must divide the model width {width}.")

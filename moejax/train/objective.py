@@ -12,7 +12,13 @@ from moejax import weights
 from moejax.core import compat
 from moejax.models import DecoderLM
 
-CHUNK = 512  # tokens whose logits exist at a time
+CHUNK = 512  # tokens whose logits exist at a time, where they should stay in a CPU's cache
+ACCELERATOR_CHUNK = 8192  # the same where a kernel launch costs more than memory
+
+
+def best_chunk() -> int:
+    """Tokens per chunk for the device that programs run on."""
+    return CHUNK if jax.default_backend() == "cpu" else ACCELERATOR_CHUNK
 
 
 def output_table(model: DecoderLM, dtype: jnp.dtype) -> Array:
@@ -23,7 +29,9 @@ def output_table(model: DecoderLM, dtype: jnp.dtype) -> Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def cross_entropy(hidden_TxD: Array, table_VxD: Array, target_T: Array, chunk: int = CHUNK) -> Array:
+def cross_entropy(
+    hidden_TxD: Array, table_VxD: Array, target_T: Array, chunk: int = CHUNK
+) -> Array:
     """Mean over tokens of -log softmax(hidden table^T)[target], float32 scalar in nats.
 
     target_T: int32 ids below V. chunk: tokens at a time, at least 1.
@@ -56,9 +64,7 @@ def _forward(
         picked_TxV = jnp.arange(V)[None, :] == target[:, None]
         dlogits = ((p_TxV - picked_TxV) * weight[:, None] / T).astype(hidden.dtype)
         dhidden = jnp.einsum("tv,vd->td", dlogits, table_VxD)
-        dtable_VxD += jnp.einsum(
-            "tv,td->vd", dlogits, hidden, preferred_element_type=jnp.float32
-        )
+        dtable_VxD += jnp.einsum("tv,td->vd", dlogits, hidden, preferred_element_type=jnp.float32)
         return (total + jnp.sum(nll_T * weight), dtable_VxD), dhidden.astype(hidden.dtype)
 
     start = (jnp.float32(0), jnp.zeros(table_VxD.shape, jnp.float32))
@@ -78,9 +84,7 @@ cross_entropy.defvjp(_forward, _backward)
 
 def _nll(hidden_TxD: Array, table_VxD: Array, target_T: Array) -> tuple[Array, Array]:
     """-log p(target) [T] and p [T, V], float32."""
-    logits_TxV = jnp.einsum(
-        "td,vd->tv", hidden_TxD, table_VxD, preferred_element_type=jnp.float32
-    )
+    logits_TxV = jnp.einsum("td,vd->tv", hidden_TxD, table_VxD, preferred_element_type=jnp.float32)
     largest_Tx1 = jnp.max(logits_TxV, axis=-1, keepdims=True)
     exp_TxV = jnp.exp(logits_TxV - largest_Tx1)
     sum_Tx1 = jnp.sum(exp_TxV, axis=-1, keepdims=True)

@@ -16,7 +16,7 @@ from moejax.models import DecoderLM, Structure, combine, encode, partition
 from moejax.models.block import run_length
 from moejax.models.partition import Leaves
 from moejax.moe import RouterLoss
-from moejax.train.objective import cross_entropy, output_table
+from moejax.train.objective import best_chunk, cross_entropy, output_table
 from moejax.train.optimizer import Optimizer, is_matrix
 
 
@@ -92,7 +92,8 @@ def train_step(
         model = combine(structure, in_compute_dtype(trainable, dtype), frozen)
         encoding = encode(model, tokens_BxS1[:, :-1], train=True, key=key, dtype=dtype)
         hidden_TxD = encoding.hidden_BxSxD.reshape(-1, encoding.hidden_BxSxD.shape[-1])
-        loss = cross_entropy(hidden_TxD, output_table(model, dtype), tokens_BxS1[:, 1:].reshape(-1))
+        target_T = tokens_BxS1[:, 1:].reshape(-1)
+        loss = cross_entropy(hidden_TxD, output_table(model, dtype), target_T, best_chunk())
         routings = tuple(r for r in encoding.routings if r is not None)
         router: dict[str, Array] = {}
         for term in losses if routings else ():

@@ -5,7 +5,7 @@ import random
 import signal
 import subprocess
 import sys
-import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import jax
@@ -15,54 +15,73 @@ import pytest
 from moejax.checkpoint import read_manifest
 from moejax.files import read_safetensors
 from moejax.runs import FINISHED, INTERRUPTED, RunFolder, StudyResult, read_metrics
+from tests.faults import tiny_run
+from tests.faults.tiny_run import STEPS
 
-SCRIPT = Path(__file__).with_name("tiny_run.py")
 ROOT = Path(__file__).parents[2]
-STEPS = 120
-PATIENCE = 300  # seconds, for a machine that does much else
 
 
-def begin(folder: Path, cache: Path) -> subprocess.Popen:
+@dataclass
+class Death:
+    """How a process ended: its status, and what it left."""
+
+    step: int
+    status: int
+    output: str
+    last_step: int
+    steps_saved: list[int]
+    has_model: bool
+    run_status: str
+
+
+def run_process(folder: Path, cache: Path, *fate: int) -> Death:
     """The run in a process of its own; all of them share their compiled programs."""
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
         "JAX_PLATFORMS": "cpu",
         "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir or str(cache / "xla"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.05",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         "MOEJAX_CACHE": str(cache),
     }
-    with (folder.parent / f"{folder.name}.txt").open("ab") as output:
-        return subprocess.Popen(
-            [sys.executable, str(SCRIPT), str(folder)],
-            env=environment,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-        )
-
-
-def finish(folder: Path, cache: Path) -> None:
-    """Runs to the end."""
-    status = begin(folder, cache).wait(PATIENCE)
-    assert status == 0, (folder.parent / f"{folder.name}.txt").read_text()[-3000:]
-
-
-def signal_at(folder: Path, cache: Path, step: int, number: int) -> int:
-    """Begins or resumes the run, sends the signal once metrics name `step`; the exit status."""
-    process = begin(folder, cache)
-    deadline = time.monotonic() + PATIENCE
-    while last_step(folder) < step:
-        assert process.poll() is None, (folder.parent / f"{folder.name}.txt").read_text()[-3000:]
-        assert time.monotonic() < deadline, f"no step {step} within {PATIENCE} s"
-        time.sleep(0.005)
-    process.send_signal(number)
-    return process.wait(PATIENCE)
-
-
-def last_step(folder: Path) -> int:
-    """The last step that metrics.jsonl holds, 0 for none."""
+    command = [sys.executable, tiny_run.__file__, str(folder), *map(str, fate)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     found = read_metrics(folder / "metrics.jsonl")
-    return found[-1]["step"] if found else 0
+    saved = [int(p.name) for p in (folder / "checkpoints").iterdir() if p.name.isdigit()]
+    return Death(
+        step=fate[0] if fate else STEPS,
+        status=done.returncode,
+        output=done.stdout + done.stderr,
+        last_step=found[-1]["step"] if found else 0,
+        steps_saved=sorted(saved),
+        has_model=(folder / "model").exists(),
+        run_status=RunFolder.open(folder).facts["status"],
+    )
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def whole(runs):
+    """A run that nobody disturbed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MOEJAX_CACHE", str(runs / "cache"))
+        tiny_run.run(runs / "whole")
+    return runs / "whole"
+
+
+@pytest.fixture(scope="module")
+def deaths(runs, whole):
+    """A run killed at three random steps, one of them while a checkpoint is being written; then
+    asked to end by SIGTERM; then left to finish."""
+    generator = random.Random(20)
+    kills = [generator.randint(1, 13), 5 * generator.randint(4, 5) + 1, generator.randint(32, 43)]
+    fates = [(step, signal.SIGKILL) for step in kills] + [(47, signal.SIGTERM), ()]
+    return [run_process(runs / "killed", runs / "cache", *fate) for fate in fates]
 
 
 def losses(folder: Path) -> list[tuple[int, float]]:
@@ -71,21 +90,30 @@ def losses(folder: Path) -> list[tuple[int, float]]:
     return [(row["step"], row["loss"]) for row in found if "loss" in row]
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
+def test_every_kill_struck_and_left_nothing_that_looks_whole(deaths):
+    """Catches a model folder that exists before the end, and checkpoints lost with the process."""
+    for death in deaths[:3]:
+        assert death.status == -signal.SIGKILL, death.output
+        assert death.last_step == death.step and not death.has_model
+        # The checkpoint before the one that may have been in flight is there.
+        assert death.steps_saved or death.step <= 6
+        assert all(step > death.step - 11 for step in death.steps_saved[-1:])
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory, cache):
-    """A run that nobody disturbed."""
-    folder = tmp_path_factory.mktemp("runs") / "whole"
-    finish(folder, cache)
-    return folder
+def test_sigterm_saves_the_step_at_hand_and_exits(deaths):
+    """Catches a run that dies of SIGTERM at once, or exits as if it had finished."""
+    death = deaths[3]
+    assert death.status == 128 + signal.SIGTERM, death.output
+    assert death.run_status == INTERRUPTED and not death.has_model
+    assert "Traceback" not in death.output
+    assert death.steps_saved[-1] == death.last_step and death.last_step in (47, 48)
 
 
-def assert_same_end(folder: Path, whole: Path) -> None:
-    """Parameters, router state and all losses are equal, and the run is marked as finished."""
+def test_the_resumed_run_ends_where_it_would_have(deaths, whole, runs):
+    """Catches state that is not in the checkpoint: moments, router bias, data position, a random
+    stream; a half-written checkpoint taken for whole; metrics that repeat or lose steps."""
+    assert deaths[-1].status == 0, deaths[-1].output
+    folder = runs / "killed"
     found = read_safetensors(folder / "model" / "model.safetensors")
     expected = read_safetensors(whole / "model" / "model.safetensors")
     assert set(found) == set(expected)
@@ -94,34 +122,7 @@ def assert_same_end(folder: Path, whole: Path) -> None:
     assert any(expected["layers.1.moe.router.selector.bias"] != 0)
     assert losses(folder) == losses(whole)
     assert [step for step, _ in losses(folder)] == list(range(1, STEPS + 1))
-    assert RunFolder.open(folder).facts["status"] == FINISHED
-
-
-def test_a_run_killed_three_times_ends_where_it_would_have(whole, cache, tmp_path):
-    """Catches state that is not in the checkpoint: moments, router bias, data position, a random
-    stream; a half-written checkpoint taken for whole; metrics that repeat or lose steps."""
-    generator = random.Random(20)
-    folder = tmp_path / "killed"
-    for low, high in ((1, 20), (25, 50), (55, 85)):
-        step = generator.randint(low, high)
-        assert signal_at(folder, cache, step, signal.SIGKILL) == -signal.SIGKILL
-        assert last_step(folder) < STEPS
-        assert not (folder / "model").exists()
-    finish(folder, cache)
-    assert_same_end(folder, whole)
-
-
-def test_sigterm_saves_the_step_at_hand_and_the_run_goes_on_from_there(whole, cache, tmp_path):
-    """Catches a run that dies of SIGTERM at once, or exits as if it had finished."""
-    folder = tmp_path / "terminated"
-    status = signal_at(folder, cache, 10, signal.SIGTERM)
-    assert status == 128 + signal.SIGTERM
-    assert RunFolder.open(folder).facts["status"] == INTERRUPTED
-    saved = max(int(path.name) for path in (folder / "checkpoints").iterdir() if path.is_dir())
-    assert saved == last_step(folder) >= 10
-    assert not (folder / "model").exists()
-    finish(folder, cache)
-    assert_same_end(folder, whole)
+    assert deaths[-1].run_status == FINISHED
 
 
 def test_results_say_what_was_trained(whole):

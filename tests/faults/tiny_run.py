@@ -1,7 +1,9 @@
-"""A tiny training run as a process of its own: `python tiny_run.py FOLDER`, to be killed."""
+"""A tiny training run that can be told to die: `python tiny_run.py FOLDER [STEP SIGNAL]`."""
 
+import os
 import random
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from moejax.data import train_tokenizer
@@ -11,7 +13,7 @@ from moejax.moe import BiasedTopK, MoESpec, RouterSpec, SoftmaxGates, TopKLoadBa
 from moejax.runs import RunFolder
 from moejax.train import AdamW
 
-STEPS = 120
+STEPS = 60
 
 
 class Words:
@@ -27,7 +29,24 @@ class Words:
             yield " ".join(generator.choices(words, k=60))
 
 
-def job() -> Train:
+class Fate:
+    """A tracker that sends its own process a signal, in the middle of the step it is given."""
+
+    def __init__(self, step: int, number: int):
+        self.step, self.number = step, number
+
+    def __call__(self, folder):
+        return self
+
+    def write(self, step, values):
+        if step == self.step:
+            os.kill(os.getpid(), self.number)
+
+    def close(self):
+        pass
+
+
+def job(*trackers: Callable) -> Train:
     """A run whose state holds everything a run can hold: Adam's moments, a router's bias, data."""
     corpus = Words()
     texts = (text for group in corpus.groups for text in corpus.documents(group, "train"))
@@ -45,12 +64,17 @@ def job() -> Train:
         losses=(TopKLoadBalance(weight=0.01),),
         save_dtype="float32",
         log_every=1,
-        checkpoint_every=7,
+        checkpoint_every=5,
         evaluate_bytes=1000,
+        trackers=trackers,
     )
 
 
+def run(path: Path, *fate: int) -> None:
+    """Runs or resumes in a folder."""
+    with RunFolder.create(path, "Train", "the fault tests", ["tiny_run.py"]) as folder:
+        job(*([Fate(*fate)] if fate else [])).run(folder)
+
+
 if __name__ == "__main__":
-    folder = RunFolder.create(Path(sys.argv[1]), "Train", "the fault tests", sys.argv)
-    with folder:
-        job().run(folder)
+    run(Path(sys.argv[1]), *map(int, sys.argv[2:]))

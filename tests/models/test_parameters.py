@@ -19,6 +19,7 @@ from moejax.models import (
     abstract_model,
     combine,
     count_parameters,
+    even_attention,
     layers,
     parameters,
     partition,
@@ -150,6 +151,7 @@ def test_permuted_experts_leave_the_function_alone(run, model, tokens_BxS):
     [
         lambda: AttentionSpec(heads=3, kv_heads=2, head_width=4),
         lambda: AttentionSpec(heads=2, kv_heads=1, head_width=5),
+        lambda: even_attention(width=10, heads=4, kv_heads=2),
         lambda: DenseSpec(width=0),
         lambda: ModelSpec(vocab=1, width=4, layers=()),
     ],
