@@ -14,10 +14,13 @@ setup: .venv/installed-$(EXTRAS)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$(EXTRAS)]"
 	touch $@
 
+# Both are drawn anew each time: a run folder refuses another config than its own.
 quickstart: setup
+	rm -rf runs/quickstart
 	$(RUN) run quickstart --out runs/quickstart
 
 report: setup
+	rm -rf runs/report
 	$(RUN) run report --out runs/report
 
 test: setup
@@ -26,8 +29,8 @@ test: setup
 slow: setup
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "slow or assets or chromium"
 
-lint: EXTRAS := test,lint
-lint: setup
+lint:
+	$(MAKE) setup EXTRAS=test,lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright

@@ -100,8 +100,8 @@ def load_model(
 
     dtype: of plain float parameters; None keeps what is stored. Formats and router state keep
     theirs. spec: what the caller expects to find.
-    Raises CheckpointError if a file is missing, truncated or changed, a value is NaN or infinite, or
-    the model is of another spec (naming the first field that differs).
+    Raises CheckpointError if a file is missing, truncated or changed, a value is NaN or infinite,
+    or the model is of another spec (naming the first field that differs).
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
@@ -124,7 +124,7 @@ def load_model(
             raise CheckpointError(f"{folder}, {name}: {error.problem}", error.fix) from error
     if leaves:
         raise CheckpointError(f"{folder} has a tensor too many: {min(leaves)!r}.", _AGAIN)
-    return with_parameters(manifest.spec, _retyped(named, dtype))
+    return with_parameters(manifest.spec, retyped(named, dtype))
 
 
 def load_spec(folder: Path | str) -> ModelSpec:
@@ -217,11 +217,14 @@ def _check_tensor_file(folder: Path, manifest: Manifest) -> None:
 
 
 def _stored(model: DecoderLM, dtype: Any) -> dict[str, Any]:
-    return _retyped(parameters(model), dtype)
+    return retyped(parameters(model), dtype)
 
 
-def _retyped(named: Mapping[str, Any], dtype: Any) -> dict[str, Any]:
-    """Plain float parameters in `dtype`; a router's bias of steps of 1e-3 would not survive it."""
+def retyped(named: Mapping[str, Any], dtype: Any) -> dict[str, Any]:
+    """Plain float parameters in `dtype`, the rest as it is.
+
+    Router state keeps its dtype: a bias that moves by 1e-3 would not survive bfloat16.
+    """
 
     def retype(name: str, weight: Any) -> Any:
         plain = isinstance(weight, jax.Array | np.ndarray | jax.ShapeDtypeStruct)

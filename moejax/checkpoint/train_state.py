@@ -31,7 +31,7 @@ class TrainCheckpoints:
         """
         if keep_last < 1 or keep_best < 0:
             raise RunError(
-                f"keep_last = {keep_last}, keep_best = {keep_best} keep no checkpoint to resume from.",
+                f"keep_last = {keep_last} and keep_best = {keep_best} leave nothing to resume.",
                 "Choose keep_last from 1 and keep_best from 0.",
             )
         self.folder = Path(folder).absolute()

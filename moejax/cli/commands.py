@@ -30,14 +30,13 @@ def plan(options: argparse.Namespace) -> None:
 
 
 def report(options: argparse.Namespace) -> None:
-    """`moejax report DIR...`: draws the report of each run, or one page that compares them."""
+    """`moejax report DIR...`: draws the report of each run, and one page that compares them."""
     from moejax.report import build_report, compare_reports
 
-    if options.out:
-        print(compare_reports(options.folders, options.out))
-        return
     for folder in options.folders:
         print(build_report(folder))
+    if len(options.folders) > 1:
+        print(compare_reports(options.folders, options.out))
 
 
 def systems(options: argparse.Namespace) -> None:

@@ -15,17 +15,18 @@ from moejax.cli import commands
 from moejax.cli.platform import choose_platform
 
 EXAMPLES = """examples:
-  moejax run quickstart.gin
-  moejax run compress/pmq --set IntegerProgram.average_bits=2.5 --out runs/pmq-2.5
-  moejax run runs/pmq-2.5/config.gin          take up an interrupted run
-  moejax plan systems/quantization/mc_moe     what it would cost, before anything is loaded
-  moejax report runs/pmq-2.5 runs/pmq-3.0 --out runs/comparison
+  moejax run quickstart
+  moejax run train/nano --set Train.steps=200 --out runs/short
+  moejax run runs/short/config.gin            take up an interrupted training run
+  moejax plan report                          what it would cost, before anything is loaded
+  moejax report runs/quickstart runs/mine     each report, and runs/comparison side by side
   moejax systems                              the systems of the literature that ship as configs
 
 A config is looked for in the working folder, then among those that ship with moejax.
 """
 SET_HELP = (
-    "overrides a value of the config, such as GPTQ.bits=3 or \"Corpus.path='texts'\"; repeatable"
+    "overrides a value of the config, such as Train.steps=200 "
+    "or \"SavedModel.path='nano'\"; repeatable"
 )
 
 
@@ -99,13 +100,14 @@ def _parser() -> argparse.ArgumentParser:
     plan.set_defaults(command=commands.plan)
 
     report = subparsers.add_parser(
-        "report", parents=[common], help="draw the reports of runs anew, or compare runs"
+        "report", parents=[common], help="draw the reports of runs anew, and compare several"
     )
     report.add_argument("folders", metavar="DIR", nargs="+", help="folders of runs")
     report.add_argument(
         "--out",
         metavar="DIR",
-        help="write one report that compares the runs into DIR, instead of one into each run",
+        default="runs/comparison",
+        help="folder of the page that compares several runs (default: runs/comparison)",
     )
     report.set_defaults(command=commands.report)
 

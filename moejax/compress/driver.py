@@ -6,7 +6,9 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax import Array
 
 from moejax import weights
@@ -20,8 +22,6 @@ from moejax.models import (
     Block,
     DecoderLM,
     LayerSpec,
-    ModelSpec,
-    abstract_model,
     layers,
     parameters,
     with_layers,
@@ -55,7 +55,7 @@ def compress(
     experts numbered as in the given model. dtype: in which plain arrays will be saved.
     progress: advances by one per pass and layer.
     """
-    check_recipe(recipe, model.spec)
+    check_recipe(recipe, model)
     experts = [_numbered(layer) for layer in model.spec.layers]
     known: Statistics | None = None
     valid: set[Accumulator] = set()
@@ -92,12 +92,14 @@ def compress(
     return model
 
 
-def check_recipe(recipe: Sequence[Pass], model: ModelSpec) -> None:
-    """Raises SpecError if a pass cannot treat what earlier ones make of a model of this spec.
+def check_recipe(recipe: Sequence[Pass], model: DecoderLM) -> None:
+    """Raises SpecError if a pass cannot treat what earlier ones make of this model.
 
     Nothing but shapes is computed.
     """
-    outlined = abstract_model(model)
+    graphdef, state = nnx.split(model)
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state)
+    outlined = nnx.merge(graphdef, shapes)
     for step in recipe:
         outlined, _ = step.outline(outlined)
 

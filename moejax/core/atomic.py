@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import tempfile
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from moejax.core.errors import RunError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
 @contextmanager
@@ -34,6 +37,8 @@ def atomic_file(path: Path | str) -> Iterator[BinaryIO]:
         temporary.chmod(0o644)
         os.replace(temporary, path)
     except OSError as error:
+        if error.errno not in _FULL:
+            raise  # of what the block reads, not of this file
         raise _unwritable(path, error) from error
     finally:
         temporary.unlink(missing_ok=True)

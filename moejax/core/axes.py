@@ -2,4 +2,3 @@
 
 EXPERT = "expert"
 EMBED = "embed"  # D, the model width
-MLP = "mlp"  # F, the width of an expert or a dense feed-forward

@@ -8,6 +8,7 @@ were registered and runs nothing else.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import types
 import typing
 from typing import Any, TypeVar, dataclass_transform
@@ -85,7 +86,7 @@ def from_json(data: Any) -> Any:
         return data
     if "type" not in data:
         return {key: from_json(item) for key, item in data.items()}
-    cls = _SPECS.get(data["type"])
+    cls = _SPECS.get(data["type"]) if isinstance(data["type"], str) else None
     if cls is None:
         raise CheckpointError(
             f"unknown spec type {data['type']!r}.",
@@ -98,7 +99,11 @@ def from_json(data: Any) -> Any:
             f"{cls.__name__} has no field {sorted(unknown)[0]!r}.",
             "The file was written by another version of moejax.",
         )
-    return cls(**fields)
+    try:
+        return cls(**fields)
+    except TypeError as error:
+        problem = f"{cls.__name__} cannot be built: {error}."
+        raise CheckpointError(problem, "The file is damaged.") from error
 
 
 def known_specs() -> dict[str, type]:
@@ -152,7 +157,31 @@ def _matches(value: Any, hint: Any) -> bool:
         return False  # a fitting tuple was handled before
     if origin is not None:
         return isinstance(value, origin)
+    if getattr(hint, "_is_protocol", False):
+        return not isinstance(value, type) and _answers(value, hint)
     return isinstance(value, hint) and not isinstance(value, type)
+
+
+def _answers(value: Any, protocol: type) -> bool:
+    """Whether a value has the members of a protocol, and can be called as the protocol is.
+
+    Members are looked up without being evaluated: isinstance would compute every property.
+    """
+    for base in protocol.__mro__:
+        if getattr(base, "_is_protocol", False) and base is not typing.Protocol:
+            for name in {*vars(base), *getattr(base, "__annotations__", {})}:
+                missing = inspect.getattr_static(value, name, None) is None
+                if missing and (not name.startswith("_") or name == "__call__"):
+                    return False
+    call = vars(protocol).get("__call__")
+    if call is None:
+        return True
+    arguments = [None] * (len(inspect.signature(call).parameters) - 1)
+    try:
+        inspect.signature(value).bind(*arguments)
+    except TypeError:
+        return False
+    return True
 
 
 def _name(hint: Any) -> str:

@@ -62,15 +62,15 @@ def in_stable_order(documents: Iterable[Document]) -> list[Document]:
 
 
 def heldout_documents(
-    corpus: Corpus, group: str, byte_count: int = HELDOUT_BYTES
+    corpus: Corpus, group: str, byte_count: int = HELDOUT_BYTES, split: Split = "heldout"
 ) -> tuple[str, ...]:
-    """The first held-out documents of a group that take `byte_count` bytes, a newline after each.
+    """The first documents of a group's split that take `byte_count` bytes, a newline after each.
 
     The last document is cut at the end of a line, so that the text is at most `byte_count` bytes.
     Raises DataError if the group holds less than 99 % of `byte_count`.
     """
     taken, room = [], byte_count
-    for text in corpus.documents(group, "heldout"):
+    for text in corpus.documents(group, split):
         size = len(text.encode()) + 1
         if size > room:
             taken += [lines] if (lines := _whole_lines(text, room - 1)) else []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -101,14 +102,23 @@ def pooled(
 ) -> DomainScore:
     """The score over the tokens of all groups together.
 
-    Its standard error takes differences between groups for spread, and so errs on the large side.
+    The standard error of the paired difference takes the groups as fixed strata: that groups differ
+    is no uncertainty of their mean.
     """
     parts = list(windows.values())
     columns = {name: [getattr(part, name) for part in parts] for name in ("tokens", "nll")}
     if parts[0].paired is not None:
         columns |= {name: [getattr(part.paired, name) for part in parts] for name in PAIRED}
     joined = window_sums({name: np.concatenate(column) for name, column in columns.items()})
-    return domain_score(AVERAGE, sum(sizes[g] for g in windows), joined, tokens_per_second)
+    score = domain_score(AVERAGE, sum(sizes[g] for g in windows), joined, tokens_per_second)
+    if any(part.paired is None for part in parts):
+        return score
+    errors = [clustered_stderr(part.paired.delta, part.tokens) for part in parts if part.paired]
+    if any(error is None for error in errors):
+        return dataclasses.replace(score, delta_stderr=None)
+    shares = [_total(part.tokens) / score.tokens for part in parts]
+    squares = [(share * error) ** 2 for share, error in zip(shares, errors, strict=True) if error]
+    return dataclasses.replace(score, delta_stderr=math.sqrt(sum(squares)))
 
 
 def specialisation(scores: Scores) -> tuple[tuple[tuple[float, ...], ...] | None, ...]:

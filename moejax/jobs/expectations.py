@@ -49,7 +49,12 @@ class BitsPerByteAgainst:
 
     def __call__(self, study: StudyResult) -> Verdict:
         ours = _domain(_arm(study, self.arm), self.group)
-        theirs = study.baselines[self.compressor][self.group]
+        theirs = study.baselines.get(self.compressor, {}).get(self.group)
+        if theirs is None:
+            raise ConfigError(
+                f"there is no baseline {self.compressor!r} on {self.group}.",
+                f"The study has {', '.join(study.baselines)}.",
+            )
         return Verdict(
             name=f"{self.arm} on {self.group}: at most {self.ratio:g} of {self.compressor}",
             held=ours <= self.ratio * theirs,
@@ -76,28 +81,39 @@ class MeanBitsPerByte:
 
 @spec
 class Better:
-    """`arm` predicts better than `than` on every group."""
+    """`arm`, the base of `than`, predicts better on every group, beyond two standard errors."""
 
     arm: str
     than: str
 
     def __call__(self, study: StudyResult) -> Verdict:
-        one, other = _arm(study, self.arm), _arm(study, self.than)
-        gaps = {d.group: _domain(other, d.group) - d.bits_per_byte for d in one.domains}
+        other = _arm(study, self.than)
+        if other.base != self.arm:
+            raise ConfigError(
+                f"the arm {self.than!r} is compared with {other.base!r}, not {self.arm!r}.",
+                f"Set its base to {self.arm!r}: a verdict needs paired differences.",
+            )
+        gaps = {d.group: (d.delta_nll or 0.0, d.delta_stderr or math.inf) for d in other.domains}
         return Verdict(
             name=f"{self.arm} is better than {self.than} on every group",
-            held=all(gap > 0 for gap in gaps.values()),
-            detail=", ".join(f"{g} {gap:+.3f}" for g, gap in gaps.items()) + " bits per byte less",
+            held=all(gap > 2 * error for gap, error in gaps.values()),
+            detail=", ".join(f"{g} {gap:+.4f} ± {e:.4f}" for g, (gap, e) in gaps.items())
+            + " nats per token more, one seed of training each",
         )
 
 
 @spec
 class NoDeadExpert:
-    """Every expert of every layer of `arm` gets tokens of the evaluation text."""
+    """Every expert of every layer of `arm`, the first arm, gets tokens of the evaluation text."""
 
     arm: str
 
     def __call__(self, study: StudyResult) -> Verdict:
+        if self.arm != study.arms[0].name:
+            raise ConfigError(
+                f"the routing of {self.arm!r} was not recorded.",
+                f"Only the first arm's is: {study.arms[0].name!r}.",
+            )
         layers = [layer for layer in study.specialisation or () if layer]
         shares = [[sum(column) for column in zip(*layer, strict=True)] for layer in layers]
         idle = sum(share == 0 for layer in shares for share in layer)

@@ -7,10 +7,10 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from moejax.checkpoint import Manifest, load_model, read_manifest
+from moejax.checkpoint import Manifest, load_model, read_manifest, retyped
 from moejax.core import CheckpointError, spec
 from moejax.files import find_resource
-from moejax.models import DecoderLM
+from moejax.models import DecoderLM, parameters, with_parameters
 
 
 @spec
@@ -19,9 +19,13 @@ class SavedModel:
 
     path: str
 
-    def load(self, dtype: Any = jnp.float32) -> DecoderLM:
-        """The model with plain float parameters in `dtype`; CheckpointError as `load_model`."""
-        return load_model(self.folder(), dtype=dtype)
+    def load(self, stored: Any) -> DecoderLM:
+        """The model in float32, its plain weights rounded to `stored`, in which it will be saved.
+
+        CheckpointError as `load_model`.
+        """
+        rounded = load_model(self.folder(), dtype=stored)
+        return with_parameters(rounded.spec, retyped(parameters(rounded), jnp.float32))
 
     def manifest(self) -> Manifest:
         """What the folder's model.json says; no weights are read."""

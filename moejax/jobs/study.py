@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +15,7 @@ from moejax.calibrate import Accumulator, Statistics, collect
 from moejax.checkpoint import payload_bytes, save_model
 from moejax.compress import Pass, account, check_recipe, compress, touched
 from moejax.core import ConfigError, check_that, spec
-from moejax.data import Corpus
+from moejax.data import Corpus, EvalBatch
 from moejax.evaluate import Scores, evaluate, specialisation
 from moejax.jobs.expectations import Expectation
 from moejax.jobs.model_source import SavedModel
@@ -40,9 +42,10 @@ class Arm:
 class Study:
     """Arms side by side: perplexity, KL and agreement on `text`, paired with each arm's base.
 
-    calibration: the text that statistics are collected on; it shares no byte with `text` if the
-    config is honest, which the report states. priming: training text that xz reads first in a
-    second baseline. The routing of the first arm is drawn.
+    calibration: the text that statistics are collected on; no document of it may be in `text`.
+    priming: training text that xz reads first, in a second baseline. Weights are rounded to
+    bfloat16, in which they are stored, before anything is measured. The first arm's routing is
+    drawn.
     """
 
     arms: tuple[Arm, ...]
@@ -64,6 +67,10 @@ class Study:
                 "base",
                 f"The arms are {', '.join(names)}.",
             )
+        for expectation in self.expectations:
+            for field in ("arm", "than"):
+                known = getattr(expectation, field, names[0]) in names
+                check_that(known, expectation, field, f"The arms are {', '.join(names)}.")
 
     def plan(self) -> Plan:
         return plan_arms(self.arms, self.text.window)
@@ -99,62 +106,107 @@ class Compress:
 
 def run_study(folder: RunFolder, study: Study) -> dict[str, DecoderLM]:
     """Makes and measures every arm, writes ledger, results and report; returns the models."""
-    loaded = {arm.model: arm.model.load() for arm in study.arms}
+    sources = dict.fromkeys(arm.model for arm in study.arms)
+    for source in sources:
+        _check_tokenizer(source, study.text)
+    loaded = {source: source.load(STORED) for source in sources}
     for arm in study.arms:
-        check_recipe(arm.recipe, loaded[arm.model].spec)
+        check_recipe(arm.recipe, loaded[arm.model])
+    if any(arm.recipe for arm in study.arms):
+        _check_apart(study.text, study.calibration)
     batches, group_bytes = study.text.batches()
-    calibration, _ = study.calibration.batches()
-
-    def statistics(model: DecoderLM, accumulators: Sequence[Accumulator]) -> Statistics:
-        with progress(len(calibration), "calibrate", "batches") as bar:
-            return collect(model, calibration, tuple(accumulators), progress=bar)
-
+    statistics = _Calibration(study.calibration)
     ledger = Ledger()
     key = jax.random.key(study.seed)
     models: dict[str, DecoderLM] = {}
-    with progress(study.arms, "compress", "arms") as arms:
-        for arm in arms:
-            models[arm.name] = compress(
-                loaded[arm.model], arm.recipe, statistics, key=key, arm=arm.name, ledger=ledger
-            )
+    seconds: dict[str, float] = {}
+    for arm in progress(study.arms, "compress", "arms"):
+        began = time.perf_counter()
+        models[arm.name] = compress(
+            loaded[arm.model], arm.recipe, statistics, key=key, arm=arm.name, ledger=ledger
+        )
+        seconds[arm.name] = time.perf_counter() - began
     ledger.save(folder.ledger_path)
     bases = {arm.name: arm.base for arm in study.arms}
-    with progress(len(batches) * len(models), "evaluate", "batches") as bar:
+    with (
+        progress(len(batches) * len(models), "evaluate", "batches") as bar,
+        jax.default_matmul_precision("float32"),
+    ):
         scores = evaluate(models, batches, base=bases, group_bytes=group_bytes, progress=bar)
     result = StudyResult(
         protocol=_protocol(study, group_bytes),
-        arms=tuple(_result(arm, models[arm.name], scores[arm.name], ledger) for arm in study.arms),
+        arms=tuple(
+            _result(arm, models[arm.name], scores[arm.name], ledger, seconds[arm.name])
+            for arm in study.arms
+        ),
         baselines=_baselines(study),
         specialisation=specialisation(scores[study.arms[0].name]),
     )
-    verdicts = tuple(expect(result) for expect in study.expectations)
-    result = dataclasses.replace(result, verdicts=verdicts)
     result.save(folder.results_path)
+    if study.expectations:
+        verdicts = tuple(expect(result) for expect in study.expectations)
+        result = dataclasses.replace(result, verdicts=verdicts)
+        result.save(folder.results_path)
     print_summary(result, report=build_report(folder))
     return models
 
 
-def _result(arm: Arm, model: DecoderLM, scores: Scores, ledger: Ledger) -> ArmResult:
-    names = touched(ledger, arm.name)
-    books = account(model, names, STORED)
-    stored = payload_bytes(model, STORED)
-    if books.stored_bytes != stored:
+class _Calibration:
+    """Statistics on the calibration text, collected once per model: arms share their bases."""
+
+    def __init__(self, text: Text):
+        self._text, self._known = text, {}
+
+    def __call__(self, model: DecoderLM, accumulators: Sequence[Accumulator]) -> Statistics:
+        key = (id(model), frozenset(accumulators))
+        if key not in self._known:
+            batches = self._batches
+            with progress(len(batches), "calibrate", "batches") as bar:
+                found = collect(model, batches, tuple(accumulators), progress=bar)
+            self._known[key] = (found, model)  # holding the model keeps its id its own
+        return self._known[key][0]
+
+    @functools.cached_property
+    def _batches(self) -> list[EvalBatch]:
+        return self._text.batches()[0]
+
+
+def _check_tokenizer(source: SavedModel, text: Text) -> None:
+    theirs, ours = source.manifest().facts.get("tokenizer"), text.tokenizer().sha256
+    if theirs is not None and theirs != ours:
         raise ConfigError(
-            f"arm {arm.name!r}: the books say {books.stored_bytes} bytes, its file {stored}.",
-            "This is an error in moejax; please report it.",
+            f"{source.path} has the tokenizer {theirs[:12]}, the text is cut by {ours[:12]}.",
+            "Studies use the tokenizer that ships; train with @shipped_tokenizer().",
         )
+
+
+def _check_apart(text: Text, calibration: Text) -> None:
+    """ConfigError if a document is both evaluated and calibrated on."""
+    for group in set(text.corpus.groups) & set(calibration.corpus.groups):
+        both = set(text.documents(group)) & set(calibration.documents(group))
+        if both:
+            raise ConfigError(
+                f"{len(both)} documents of {group} are in Study.text and in Study.calibration.",
+                "Calibrate on another split, or skip_bytes past the evaluated text.",
+            )
+
+
+def _result(
+    arm: Arm, model: DecoderLM, scores: Scores, ledger: Ledger, seconds: float
+) -> ArmResult:
+    books = account(model, touched(ledger, arm.name), STORED)
     return ArmResult(
         name=arm.name,
         base=arm.base,
         passes=tuple(describe(step) for step in arm.recipe),
         code_bits=books.code_bits,
         bits_per_weight=books.bits_per_weight,
-        stored_bytes=stored,
+        stored_bytes=payload_bytes(model, STORED),
         expert_bytes=books.expert_bytes,
         parameters=books.parameters,
         domains=scores.domains,
         average=scores.average,
-        seconds=scores.seconds,
+        seconds=seconds + scores.seconds,
     )
 
 
@@ -183,13 +235,15 @@ def _protocol(study: Study, group_bytes: dict[str, int]) -> dict[str, Any]:
     device = jax.devices()[0]
     calibrated = study.calibration
     return {
-        "text": f"{type(study.text.corpus).__name__}, held-out split",
+        "study": study.title or "untitled",
+        "text": f"{type(study.text.corpus).__name__}, split {study.text.split}",
         "text fingerprint": study.text.corpus.fingerprint,
         "bytes per group": group_bytes,
         "window": f"{study.text.window} tokens, each window on its own",
         "calibration": (
-            f"{type(calibrated.corpus).__name__}, held-out split, {calibrated.bytes_per_group} "
-            f"bytes per group after the first {calibrated.skip_bytes}"
+            f"{type(calibrated.corpus).__name__}, split {calibrated.split}, "
+            f"{calibrated.bytes_per_group} bytes per group after the first "
+            f"{calibrated.skip_bytes}; no document of it is evaluated"
         ),
         "tokenizer": study.text.tokenizer().sha256,
         "models": {arm.model.path: arm.model.manifest().sha256 for arm in study.arms},

@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
+import functools
+
 from moejax.core import check_that, spec
 from moejax.data import (
     MOST_PRIMING_BYTES,
     Corpus,
     EvalBatch,
     HeldoutSample,
+    Split,
     Tokenizer,
     heldout_documents,
     shipped_tokenizer,
     windows,
     xz_bits_per_byte,
 )
+from moejax.runs import progress
 
 
 @spec
 class Text:
-    """`bytes_per_group` of held-out text of every group, after the first `skip_bytes` of it.
+    """`bytes_per_group` of a split of every group's text, after the first `skip_bytes` of it.
 
     window: tokens per window, which sees nothing of the windows before it. batch: windows at a
     time; no figure depends on it.
     """
 
     corpus: Corpus = HeldoutSample()
+    split: Split = "heldout"
     bytes_per_group: int = 262_144
     skip_bytes: int = 0
     window: int = 256
@@ -41,17 +46,14 @@ class Text:
 
     def documents(self, group: str) -> tuple[str, ...]:
         """The documents of a group."""
-        taken = heldout_documents(self.corpus, group, self.skip_bytes + self.bytes_per_group)
-        if not self.skip_bytes:
-            return taken
-        return taken[len(heldout_documents(self.corpus, group, self.skip_bytes)) :]
+        return _documents(self.corpus, group, self.split, self.skip_bytes, self.bytes_per_group)
 
     def batches(self) -> tuple[list[EvalBatch], dict[str, int]]:
         """Windows of all groups, and bytes of text per group."""
         tokenizer = self.tokenizer()
         batches: list[EvalBatch] = []
         sizes: dict[str, int] = {}
-        for group in self.corpus.groups:
+        for group in progress(self.corpus.groups, "read text", "groups"):
             documents = self.documents(group)
             sizes[group] = sum(len(text.encode()) + 1 for text in documents)
             tokens = tokenizer.encode_documents(documents)
@@ -68,6 +70,12 @@ class Text:
             )
             for group in self.corpus.groups
         }
+
+
+@functools.lru_cache(maxsize=32)
+def _documents(corpus: Corpus, group: str, split: Split, skip: int, size: int) -> tuple[str, ...]:
+    taken = heldout_documents(corpus, group, skip + size, split)
+    return taken[len(heldout_documents(corpus, group, skip, split)) :] if skip else taken
 
 
 def _beginning(corpus: Corpus, group: str) -> bytes:

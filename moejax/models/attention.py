@@ -120,7 +120,12 @@ def _attend(q: Array, position_BxS: Array, seen: KVState) -> tuple[Array, Array]
     B, S, H, W = q.shape
     KV = seen.key.shape[2]
     grouped = q.reshape(B, S, KV, H // KV, W)
-    scores = jnp.einsum("bskgw,btkw->bkgst", grouped, seen.key.astype(q.dtype)).astype(jnp.float32)
+    scores = jnp.einsum(
+        "bskgw,btkw->bkgst",
+        grouped,
+        seen.key.astype(q.dtype),
+        preferred_element_type=jnp.float32,
+    )
     earlier = seen.position_BxS[:, None, :] <= position_BxS[:, :, None]
     allowed = (earlier & seen.valid_BxS[:, None, :])[:, None, None]
     scores = jnp.where(allowed, scores * W**-0.5, jnp.finfo(jnp.float32).min)

@@ -71,7 +71,7 @@ def project(model: DecoderLM, hidden: Array) -> Array:
         table_VxD = weights.materialize(compat.read(model.embed), hidden.dtype)
         logits = jnp.einsum("...d,vd->...v", hidden, table_VxD, preferred_element_type=jnp.float32)
     else:
-        logits = weights.matmul(hidden, compat.read(model.head))
+        logits = weights.matmul(hidden.astype(jnp.float32), compat.read(model.head))
     return logits.astype(jnp.float32)
 
 
@@ -92,7 +92,7 @@ def encode(
     tokens_BxS: int32. mask_BxS: False marks padding: nothing attends to it, no expert sees it.
     positions_BxS: default 0, 1, ... per row. state: from `init_state`, for decoding.
     key: of this step; layers fold in their index. dtype: of activations; weights are cast to it
-    where they are used, routers, norms, softmax and logits stay in float32.
+    where they are used; routers, norms, softmax and logits stay in float32.
     """
     B, S = tokens_BxS.shape
     mask_BxS = jnp.ones((B, S), bool) if mask_BxS is None else mask_BxS

@@ -44,6 +44,8 @@ def select_experts(block: Block, keep: Sequence[int]) -> Block:
         compat.write(variable, weights.take(compat.read(variable), index))
     axes = ffn.router.scores.axes()
     for name, variable in edited.moe.router.scores.items():
+        if isinstance(compat.read(variable), weights.Format):
+            raise SpecError("a compressed router cannot lose experts.", "Select experts first.")
         where = axes[name].index(EXPERT)
         compat.write(variable, jnp.take(compat.read(variable), index, axis=where))
     for variable in edited.moe.router.selector.values():

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from moejax.core import check_that, keys, spec
+from moejax.core import SpecError, check_that, keys, spec
 from moejax.models.decoder import DecoderLM, forward, init_state
 
 
@@ -76,6 +76,8 @@ def generate(
 
     mask_BxS: False marks left padding of shorter prompts. key: required by drawing samplers only.
     """
+    if key is None and not isinstance(sampler, Greedy):
+        raise SpecError(f"{sampler} draws, but key is None.", "Give jax.random.key(seed).")
     graphdef, parameters = nnx.split(model)
     B, S = prompt_BxS.shape
     mask_BxS = jnp.ones((B, S), bool) if mask_BxS is None else mask_BxS

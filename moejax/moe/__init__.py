@@ -1,7 +1,7 @@
 """Mixture-of-Experts layers: router, dispatch, experts, losses."""
 
 # Routing
-from moejax.moe.routing import RouterContext, Routing, SlotMap, one_slot_each
+from moejax.moe.routing import RouterContext, Routing, SlotMap
 
 # Routers: scores + selector + gate weights
 from moejax.moe.router import (
@@ -73,5 +73,4 @@ __all__ = [
     "TopK",
     "TopKLoadBalance",
     "draw",
-    "one_slot_each",
 ]

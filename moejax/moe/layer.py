@@ -26,6 +26,10 @@ class SlotSpec:
     stored: int
     copies: int = 1
 
+    def check(self) -> None:
+        for field in ("stored", "copies"):
+            check_that(getattr(self, field) >= 1, self, field, "It must be at least 1.")
+
 
 @spec
 class MoESpec:
@@ -74,14 +78,16 @@ class MoELayer(nnx.Module):
             if spec.shared_width
             else None
         )
-        self.slots = Fixed(_spread_slots(spec)) if spec.slots else None
+        self.slots = _spread_slots(spec.slots, spec.experts) if spec.slots else None
 
     def __call__(
         self, x_TxD: Array, context: RouterContext, request: Request
     ) -> tuple[Array, Routing, Taps]:
         routing = self.router(x_TxD, context)
-        slots = compat.read(self.slots) if self.slots is not None else None
-        expert_A = slots(routing.expert_A, routing.token_A) if slots else routing.expert_A
+        expert_A = routing.expert_A
+        if self.slots is not None:
+            slots = SlotMap(*(compat.read(self.slots[name]) for name in ("slot", "copies")))
+            expert_A = slots(routing.expert_A, routing.token_A)
         plan = self.spec.dispatch.plan(routing, expert_A, self.spec.stored)
         rows_RxD, found = self.experts(plan.scatter(x_TxD), plan.group_sizes_E, request)
         y_TxD = plan.gather(rows_RxD)
@@ -90,10 +96,8 @@ class MoELayer(nnx.Module):
         return y_TxD, routing, found.merged(taps.collect(request, routing=routing, dispatch=plan))
 
 
-def _spread_slots(spec: MoESpec) -> SlotMap:
+def _spread_slots(slots: SlotSpec, experts: int) -> nnx.Dict:
     """Router experts dealt over the stored ones in turn: the map before any surgery."""
-    assert spec.slots is not None
-    first_E = jnp.arange(spec.experts, dtype=jnp.int32) % spec.slots.stored
-    return SlotMap(
-        jnp.tile(first_E[:, None], (1, spec.slots.copies)), jnp.ones(spec.experts, jnp.int32)
-    )
+    first_E = jnp.arange(experts, dtype=jnp.int32) % slots.stored
+    slot_ExM = jnp.tile(first_E[:, None], (1, slots.copies))
+    return nnx.Dict({"slot": Fixed(slot_ExM), "copies": Fixed(jnp.ones(experts, jnp.int32))})

@@ -58,15 +58,12 @@ class RouterContext:
     """What a router may look at besides the token itself; every field may be absent.
 
     mask_T: False marks padding, which is routed nowhere. token_ids_T: vocabulary ids, for hash
-    routing. key: random key of this step and layer. previous: features of an earlier
-    layer (router logits, hidden states). resident_E: experts now in fast memory. train: the phase.
+    routing. key: random key of this step and layer. train: the phase.
     """
 
     mask_T: Array | None = None
     token_ids_T: Array | None = None
     key: Array | None = None
-    previous: Any = None
-    resident_E: Array | None = None
     train: bool = dataclasses.field(default=False, metadata=STATIC)
 
 
@@ -85,8 +82,3 @@ class SlotMap:
     def __call__(self, expert_A: Array, token_A: Array) -> Array:
         """Stored expert of every assignment: int32 [A]."""
         return self.slot_ExM[expert_A, token_A % self.copies_E[expert_A]]
-
-
-def one_slot_each(slots: list[int]) -> SlotMap:
-    """The map that sends router expert e to stored expert `slots[e]`."""
-    return SlotMap(jnp.asarray(slots, jnp.int32)[:, None], jnp.ones(len(slots), jnp.int32))

@@ -93,7 +93,7 @@ def frontier(study: StudyResult) -> list[ArmResult]:
 
 def highlights(study: StudyResult) -> list[ArmResult]:
     """The arms worth a sentence: the smallest that is nearly free (else the best), the smallest."""
-    arms = compressed(study)
+    arms = [arm for arm in compressed(study) if arm.passes and arm.base == study.arms[0].name]
     losses = {arm.name: change(arm.average, _base(study, arm)).perplexity for arm in arms}
     usable = [arm for arm in arms if math.isfinite(losses[arm.name])]
     if not usable:

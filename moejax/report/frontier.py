@@ -43,7 +43,7 @@ def draw_frontier(path: Path, points: Sequence[Point]) -> list[str]:
         for i, name in enumerate(series):
             _draw_series(axes, [p for p in shown if p.series == name], COLOURS[i % len(COLOURS)])
         axes.set_xlabel("stored size (MB, 10⁶ bytes)")
-        axes.set_ylabel("bits per byte above the base")
+        axes.set_ylabel("bits per byte above the first arm")
         _scale(axes, shown)
         _legend(axes, series)
         _name_points(figure, axes, shown)

@@ -137,7 +137,8 @@ def _add_frontier(page: Page, study: StudyResult) -> None:
     path = page.plots / "frontier.png"
     left_out = draw_frontier(path, points)
     caption = (
-        "Down and to the left is better. Bars are one standard error of the paired difference."
+        f"Change against {study.arms[0].name}; down and to the left is better. "
+        "Bars are one standard error of the paired difference."
     )
     if left_out:
         caption += f" Not drawn, because not finite: {', '.join(left_out)}."
@@ -146,12 +147,17 @@ def _add_frontier(page: Page, study: StudyResult) -> None:
 
 
 def study_points(study: StudyResult, series: str = "") -> list[Point]:
-    """The arms in the plane of the frontier; bases lie on zero."""
-    points = []
+    """The arms in the plane of the frontier, all against the first arm, which lies on zero.
+
+    Bars are drawn where an arm was paired with the first one.
+    """
+    first, points = study.arms[0], []
     for arm in study.arms:
-        change = average_change(study, arm)
-        bits, stderr = (0.0, None) if change is None else (change.bits_per_byte, change.stderr)
-        points.append(Point(arm.name, arm.stored_bytes, bits, stderr, change is None, series))
+        paired = average_change(study, arm) if arm.base == first.name else None
+        bits = arm.average.bits_per_byte - first.average.bits_per_byte
+        stderr = None if paired is None else paired.stderr
+        plain = arm.base is None or not arm.passes
+        points.append(Point(arm.name, arm.stored_bytes, bits, stderr, plain, series))
     return points
 
 

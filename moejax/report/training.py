@@ -71,7 +71,8 @@ def training_headline(rows: Rows) -> list[str]:
         return []
     far = f"{count(tokens.y[-1])} tokens" if tokens.y else f"{count(rows[-1]['step'])} steps"
     level = smoothed(np.asarray(loss.y))[-1]
-    sentence = f"Trained on {far}; loss {fixed(loss.y[0], 3)} at the first step, {fixed(level, 3)} on average over the last ones"
+    first, last = fixed(loss.y[0], 3), fixed(level, 3)
+    sentence = f"Trained on {far}; loss {first} at the first step, {last} over the last ones"
     held_out = {part: c.y[-1] for part, c in family(rows, metrics.BITS_PER_BYTE).items()}
     scores = ", ".join(
         f"{name or 'held-out text'} {fixed(bits, 3)}" for name, bits in held_out.items()

@@ -62,6 +62,7 @@ class RunFolder:
             "device": device_facts(),
             "started": earlier["started"] if earlier else _now(),
             "resumed": [*earlier.get("resumed", []), _now()] if earlier else [],
+            "earlier": _processes(earlier) if earlier else [],
             "status": RUNNING,
         }
         folder = cls(path, facts, resumed=earlier is not None)
@@ -174,6 +175,12 @@ class RunFolder:
 def config_hash(config_text: str) -> str:
     """SHA-256 of the config text, by which a folder knows its run again."""
     return hashlib.sha256(config_text.encode()).hexdigest()
+
+
+def _processes(earlier: dict[str, Any]) -> list[dict[str, Any]]:
+    """What ran before in this folder: command, versions and commit of each process, first to last."""
+    named = ("command", "versions", "git", "device")
+    return [*earlier.get("earlier", []), {name: earlier.get(name) for name in named}]
 
 
 def _earlier_run(path: Path, job: str, digest: str) -> dict[str, Any] | None:

@@ -10,6 +10,7 @@ import json
 import math
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -67,7 +68,8 @@ class Metrics:
 
     def close(self) -> None:
         """Closes the file and the trackers."""
-        self._file.close()
+        with suppress(OSError):  # every line was flushed when it was written, or its error raised
+            self._file.close()
         for tracker in self.trackers:
             tracker.close()
 

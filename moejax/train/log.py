@@ -1,4 +1,4 @@
-"""What a training run says of itself: a line of metrics per step, fetched from the device in groups."""
+"""What a training run says of itself: a line per step, fetched from the device in groups."""
 
 from __future__ import annotations
 

@@ -102,7 +102,7 @@ def train(
 def _resume(
     state: TrainState, batches: BatchSource, metrics: Metrics, checkpoints: TrainCheckpoints
 ) -> TrainState:
-    """The state of the newest checkpoint, with data and metrics put to its step; `state` if none."""
+    """The newest checkpoint's state, with data and metrics put to its step; `state` if none."""
     found = checkpoints.restore_latest(state)
     if found is None:
         metrics.truncate_after(0)

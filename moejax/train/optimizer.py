@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+import functools
+from typing import Any, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import optax
@@ -15,7 +16,7 @@ from moejax.core import check_that, spec
 class Optimizer(Protocol):
     """Builds an optax transformation for a run of `steps` steps."""
 
-    def learning_rate(self, step: int | Array, steps: int) -> Array: ...
+    def learning_rate(self, step: Any, steps: int) -> Array: ...
 
     def transformation(self, steps: int) -> optax.GradientTransformation: ...
 
@@ -48,7 +49,7 @@ class AdamW:
         check_that(self.weight_decay >= 0, self, "weight_decay", "Use 0 for none.")
         check_that(self.clip_norm > 0, self, "clip_norm", "Try 1.0.")
 
-    def learning_rate(self, step: int | Array, steps: int) -> Array:
+    def learning_rate(self, step: Any, steps: int) -> Array:
         """The learning rate of step 0 .. steps - 1, float32."""
         t = jnp.asarray(step, jnp.float32)
         done = jnp.clip((t - self.warmup) / max(steps - 1 - self.warmup, 1), 0, 1)
@@ -62,14 +63,18 @@ class AdamW:
         return optax.chain(
             optax.clip_by_global_norm(self.clip_norm),
             optax.adamw(
-                lambda count: self.learning_rate(count, steps),
+                functools.partial(self.learning_rate, steps=steps),
                 b1=self.beta1,
                 b2=self.beta2,
                 eps=self.epsilon,
                 weight_decay=self.weight_decay,
-                mask=lambda leaves: {name: is_matrix(name, leaf) for name, leaf in leaves.items()},
+                mask=_matrices,
             ),
         )
+
+
+def _matrices(leaves: Any) -> dict[str, bool]:
+    return {name: is_matrix(name, leaf) for name, leaf in leaves.items()}
 
 
 def is_matrix(name: str, leaf: Array) -> bool:

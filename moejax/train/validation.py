@@ -55,7 +55,7 @@ def _documents(
             break
     if not taken:
         raise DataError(
-            f"no document of group {group!r} in split {store.split!r} fits into {byte_count} bytes.",
+            f"group {group!r} has no {store.split} document that fits into {byte_count} bytes.",
             "Evaluate on more bytes, or give the group more text.",
         )
     return np.concatenate(taken), byte_count - room

@@ -17,7 +17,7 @@ from moejax.compress import (
 )
 from moejax.core import SpecError, spec
 from moejax.evaluate import evaluate
-from moejax.models import parameters, with_parameters
+from moejax.models import abstract_model, parameters, with_parameters
 from moejax.moe import LinearScores
 from tests.compress.conftest import (
     EXPERTS,
@@ -200,7 +200,7 @@ def test_frequent_experts_matter_more(source, text):
 def test_a_fraction_that_leaves_too_few_is_refused(model, fraction, wanted):
     """Catches a router that chooses k of fewer than k."""
     with pytest.raises(SpecError) as caught:
-        check_recipe([ExpertDrop(fraction=fraction, score=Frequency())], model.spec)
+        check_recipe([ExpertDrop(fraction=fraction, score=Frequency())], model)
     assert wanted in str(caught.value)
     assert "ExpertDrop.fraction" in str(caught.value)
 
@@ -210,7 +210,7 @@ def test_what_cannot_be_dropped_is_refused(applied):
     with pytest.raises(SpecError, match="below 1"):
         ExpertDrop(fraction=1.0, score=Frequency())
     with pytest.raises(SpecError, match="0 layers with experts"):
-        check_recipe([HALF], make_spec(dense()))
+        check_recipe([HALF], abstract_model(make_spec(dense())))
 
     @spec
     class Broken:

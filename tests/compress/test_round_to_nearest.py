@@ -6,7 +6,7 @@ import pytest
 from moejax import weights
 from moejax.compress import FullPrecision, RoundToNearest, check_recipe
 from moejax.core import SpecError
-from moejax.models import parameters
+from moejax.models import abstract_model, parameters
 from moejax.weights import SymmetricGrid
 from tests.compress.conftest import (
     EXPERTS,
@@ -117,8 +117,8 @@ def test_a_glob_that_is_wrong_is_refused_before_any_work(model, source, glob, wa
 def test_a_grid_that_does_not_fit_is_refused_before_any_work(model):
     """Catches groups that are found not to divide a matrix after the calibration."""
     with pytest.raises(SpecError, match=r"layers\.0\.moe\.experts"):
-        check_recipe([RoundToNearest(grid=SymmetricGrid(bits=4, group=24))], model.spec)
-    narrow, grid = make_spec(width=24), SymmetricGrid(bits=3, group=8)
+        check_recipe([RoundToNearest(grid=SymmetricGrid(bits=4, group=24))], model)
+    narrow, grid = abstract_model(make_spec(width=24)), SymmetricGrid(bits=3, group=8)
     check_recipe([RoundToNearest(grid=grid, parameters="*.down")], narrow)
     with pytest.raises(SpecError, match=r"layers\.0\.moe\.experts\.gate"):
         check_recipe([RoundToNearest(grid=grid)], narrow)

@@ -104,3 +104,10 @@ def test_damaged_json_is_a_run_error(tmp_path, content):
         path.write_bytes(content)
     with pytest.raises(RunError, match=r"run\.json"):
         read_json(path)
+
+
+def test_an_error_of_the_writers_source_is_not_called_a_full_disk(tmp_path):
+    """Catches an atomic write that blames its own file for one its block could not read."""
+    with pytest.raises(FileNotFoundError), atomic_file(tmp_path / "a.bin") as file:
+        file.write((tmp_path / "absent").read_bytes())
+    assert list(tmp_path.iterdir()) == []

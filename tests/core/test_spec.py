@@ -140,3 +140,10 @@ def test_two_specs_of_one_name_are_refused():
     """Catches a registry in which the module imported last decides what a file means."""
     with pytest.raises(TypeError, match="two specs are named Leaf"):
         spec(type("Leaf", (), {"__annotations__": {"bits": int}, "__module__": "elsewhere"}))
+
+
+@pytest.mark.parametrize("data", [{"type": "Leaf"}, {"type": ["Leaf"]}, {"type": None}])
+def test_a_damaged_spec_is_a_checkpoint_error(data):
+    """Catches a TypeError out of a file that lost a field, or whose type is no name."""
+    with pytest.raises(CheckpointError):
+        from_json(data)

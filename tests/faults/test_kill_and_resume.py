@@ -1,4 +1,4 @@
-"""A training run that is killed anywhere ends where the run that nobody killed ends, bit for bit."""
+"""A training run killed anywhere ends where the run that nobody killed ends, bit for bit."""
 
 import os
 import random

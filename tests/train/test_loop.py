@@ -1,4 +1,4 @@
-"""The loop: what it writes when, how it stops, how it resumes. The step is a fake, the rest is real."""
+"""The loop: what it writes when, how it stops and resumes. Only the step is a fake."""
 
 import json
 import math

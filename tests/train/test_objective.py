@@ -63,7 +63,7 @@ def test_bfloat16_inputs_have_float32_logits():
 
 @pytest.mark.parametrize("factor", [0.0, 2.5])
 def test_the_incoming_gradient_scales_both(factor):
-    """Catches a backward pass that returns the saved gradients whatever the loss is multiplied by."""
+    """Catches a backward pass that ignores what the loss is multiplied by."""
     arrays = (jnp.ones((3, D)), jnp.eye(V, D), jnp.int32([1, 2, 3]))
     plain = jax.grad(cross_entropy, argnums=(0, 1))(*arrays)
     scaled = jax.grad(lambda *a: factor * cross_entropy(*a), argnums=(0, 1))(*arrays)

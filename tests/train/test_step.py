@@ -71,7 +71,7 @@ def _nll(model, tokens_BxS1):
 
 def test_bfloat16_compute_keeps_float32_masters(step_once):
     """Catches parameters or moments that are stored in the compute dtype and lose small updates."""
-    structure, after, said = step_once(dtype=jnp.bfloat16)
+    _, after, said = step_once(dtype=jnp.bfloat16)
     assert all(leaf.dtype == jnp.float32 for leaf in after.trainable.values())
     moments = [leaf.dtype for leaf in jax.tree.leaves(after.optimizer) if leaf.ndim]
     assert set(moments) == {jnp.dtype(jnp.float32)} and said.loss.dtype == jnp.float32

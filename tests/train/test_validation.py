@@ -25,7 +25,7 @@ def tokenizer():
 
 
 def test_takes_whole_documents_and_counts_their_bytes(tmp_path, tokenizer):
-    """Catches characters counted for bytes, an end of document not counted, a document cut in two."""
+    """Catches characters counted for bytes, an end not counted, a document cut in two."""
     store = tokenize_corpus(Notes(), tokenizer, "valid", tmp_path)
     text = validation_text(store, tokenizer, 100, length=4, batch=3)
     expected = "a first é\na third\n"
@@ -38,5 +38,5 @@ def test_takes_whole_documents_and_counts_their_bytes(tmp_path, tokenizer):
 def test_a_group_without_a_document_that_fits_is_named(tmp_path, tokenizer):
     """Catches a group that is scored on nothing."""
     store = tokenize_corpus(Notes(), tokenizer, "valid", tmp_path)
-    with pytest.raises(DataError, match="group 'a'"):
+    with pytest.raises(DataError, match="group 'a' has no valid document"):
         validation_text(store, tokenizer, 5, length=4, batch=3)
