@@ -155,6 +155,8 @@ def _matches(value: Any, hint: Any) -> bool:
         return isinstance(value, int) and not isinstance(value, bool)
     if origin is tuple:
         return False  # a fitting tuple was handled before
+    if origin is typing.Literal:
+        return value in typing.get_args(hint)
     if origin is not None:
         return isinstance(value, origin)
     if getattr(hint, "_is_protocol", False):

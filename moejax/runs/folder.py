@@ -178,7 +178,7 @@ def config_hash(config_text: str) -> str:
 
 
 def _processes(earlier: dict[str, Any]) -> list[dict[str, Any]]:
-    """What ran before in this folder: command, versions and commit of each process, first to last."""
+    """Command, versions, commit and device of each process that ran here before."""
     named = ("command", "versions", "git", "device")
     return [*earlier.get("earlier", []), {name: earlier.get(name) for name in named}]
 
