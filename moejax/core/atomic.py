@@ -16,6 +16,13 @@ from moejax.core.errors import RunError
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
+class _Foreign(Exception):
+    """An error that passes through `atomic_file` unchanged."""
+
+    def __init__(self, error: OSError):
+        self.error = error
+
+
 @contextmanager
 def atomic_file(path: Path | str) -> Iterator[BinaryIO]:
     """Opens a binary file that appears under `path` only if the block ends well.
@@ -31,14 +38,19 @@ def atomic_file(path: Path | str) -> Iterator[BinaryIO]:
     temporary = Path(name)
     try:
         with os.fdopen(number, "wb") as file:
-            yield file
+            try:
+                yield file
+            except OSError as error:
+                if error.errno not in _FULL:
+                    raise _Foreign(error) from error  # of what the block reads, not of this file
+                raise
             file.flush()
             os.fsync(file.fileno())
         temporary.chmod(0o644)
         os.replace(temporary, path)
+    except _Foreign as foreign:
+        raise foreign.error from None
     except OSError as error:
-        if error.errno not in _FULL:
-            raise  # of what the block reads, not of this file
         raise _unwritable(path, error) from error
     finally:
         temporary.unlink(missing_ok=True)

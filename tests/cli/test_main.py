@@ -169,7 +169,7 @@ def test_help_is_fast_and_has_examples():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    assert "moejax run quickstart.gin" in done.stdout
+    assert "moejax run quickstart" in done.stdout
 
 
 def test_sigterm_reaches_the_run(folder):

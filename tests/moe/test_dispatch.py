@@ -102,7 +102,7 @@ def assignments(expert_TxK, valid_TxK, gate_TxK):
     )
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(data=st.data())
 def test_capacity_counts_and_keeps_in_token_order(data):
     """Catches drops that are not counted, kept twice, or taken from the wrong end of the queue."""
