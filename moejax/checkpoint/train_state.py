@@ -111,7 +111,7 @@ class TrainCheckpoints:
                 f"If it is damaged, remove {self.folder / str(step)} to resume from the one "
                 "before; if model or optimizer changed, choose another run folder.",
             ) from error
-        return found.state, found.position
+        return found["state"], found["position"]
 
     def steps(self) -> tuple[int, ...]:
         """The steps that are saved or being saved, first to last."""

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import jax
 import numpy as np
@@ -115,8 +116,9 @@ class TrainLog:
         }
 
 
-def load_entropy(counts_E: np.ndarray) -> float:
+def load_entropy(counts_E: Any) -> float:
     """Entropy of the experts' shares over log E: 1 is balanced, 0 is one expert for all."""
+    counts_E = np.asarray(counts_E)
     if counts_E.size < 2 or not counts_E.sum():
         return 1.0
     share_E = counts_E[counts_E > 0] / counts_E.sum()

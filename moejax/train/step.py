@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -105,7 +105,7 @@ def train_step(
             "counts": tuple(r.counts_E() for r in routings),
             "state": router_state(model, encoding.routings),
         }
-        return loss + sum(router.values()), seen
+        return jnp.asarray(loss) + sum(router.values()), seen
 
     gradient = jax.value_and_grad(objective, has_aux=True)
 
@@ -116,11 +116,9 @@ def train_step(
         def one(index: Array) -> tuple[tuple[Array, dict], Leaves]:
             return gradient(state.trainable, state.frozen, parts[index], keys.fold(key, index))
 
-        if accumulate == 1:
-            (value, seen), gradients = one(jnp.int32(0))
-        else:
-            (value, seen), gradients = _mean(one, accumulate)
-            seen["counts"] = jax.tree.map(lambda c: c * accumulate, seen["counts"])
+        total = _sum(one, accumulate)
+        (value, seen), gradients = jax.tree.map(lambda a: a / accumulate, total)
+        counts = total[0][1]["counts"]
         updates, memory = rule.update(gradients, state.optimizer, state.trainable)
         metrics = StepMetrics(
             loss=seen["loss"],
@@ -128,11 +126,11 @@ def train_step(
             gradient_norm=optax.tree.norm(gradients),
             learning_rate=optimizer.learning_rate(state.step, steps),
             router_losses=seen["router"],
-            counts=seen["counts"],
+            counts=counts,
         )
         after = TrainState(
             step=state.step + 1,
-            trainable=optax.apply_updates(state.trainable, updates),
+            trainable=cast(Leaves, optax.apply_updates(state.trainable, updates)),
             frozen={**state.frozen, **seen["state"]},
             optimizer=memory,
         )
@@ -175,8 +173,10 @@ def _micro_batches(tokens_BxS1: Array, accumulate: int) -> Array:
     return tokens_BxS1.reshape(accumulate, B // accumulate, S1)
 
 
-def _mean(function: Callable[[Array], Any], count: int) -> Any:
-    """Mean of function(0), ..., function(count - 1), one at a time."""
+def _sum(function: Callable[[Array], Any], count: int) -> Any:
+    """function(0) + ... + function(count - 1), one at a time."""
+    if count == 1:
+        return function(jnp.int32(0))
 
     def add(total: Any, index: Array) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, total, function(index)), None
@@ -184,5 +184,4 @@ def _mean(function: Callable[[Array], Any], count: int) -> Any:
     zero = jax.tree.map(
         lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(function, jnp.int32(0))
     )
-    total, _ = jax.lax.scan(add, zero, jnp.arange(count, dtype=jnp.int32))
-    return jax.tree.map(lambda a: a / count, total)
+    return jax.lax.scan(add, zero, jnp.arange(count, dtype=jnp.int32))[0]
