@@ -37,6 +37,7 @@ def select_experts(block: Block, keep: Sequence[int]) -> Block:
     smaller = dataclasses.replace(ffn, experts=len(keep))
     index = jnp.asarray(list(keep), jnp.int32)
     edited = compat.copied(block)
+    assert edited.moe is not None
     edited.spec = dataclasses.replace(block.spec, ffn=smaller)
     edited.moe.spec = smaller
     for name in ("gate", "up", "down"):

@@ -28,11 +28,20 @@ class Plan(Protocol):
     valid_R: bool, rows that serve an assignment. dropped: int32, valid assignments without a row.
     """
 
-    group_sizes_E: Array
-    token_R: Array
-    gate_R: Array
-    valid_R: Array
-    dropped: Array
+    @property
+    def group_sizes_E(self) -> Array: ...
+
+    @property
+    def token_R(self) -> Array: ...
+
+    @property
+    def gate_R(self) -> Array: ...
+
+    @property
+    def valid_R(self) -> Array: ...
+
+    @property
+    def dropped(self) -> Array: ...
 
     def scatter(self, x_TxD: Array) -> Array: ...
 

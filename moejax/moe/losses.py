@@ -14,7 +14,8 @@ Per-layer losses are summed over layers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterable, Sequence
 from typing import Protocol, runtime_checkable
 
 import jax
@@ -39,7 +40,7 @@ class TopKLoadBalance:
     weight: float = 0.01
 
     def __call__(self, routings: Sequence[Routing], mask_T: Array | None) -> Array:
-        return self.weight * sum(_balance(*_shares(r, mask_T)) for r in routings)
+        return self.weight * _total(_balance(*_shares(r, mask_T)) for r in routings)
 
 
 @spec
@@ -49,7 +50,7 @@ class SwitchLoadBalance:
     weight: float = 0.01
 
     def __call__(self, routings: Sequence[Routing], mask_T: Array | None) -> Array:
-        return self.weight * sum(_balance(*_first_shares(r, mask_T)) for r in routings)
+        return self.weight * _total(_balance(*_first_shares(r, mask_T)) for r in routings)
 
 
 @spec
@@ -60,8 +61,8 @@ class PooledLoadBalance:
 
     def __call__(self, routings: Sequence[Routing], mask_T: Array | None) -> Array:
         shares = [_shares(r, mask_T) for r in routings]
-        share_E = sum(share for share, _ in shares) / len(shares)
-        mean_E = sum(mean for _, mean in shares) / len(shares)
+        share_E = _total(share for share, _ in shares) / len(shares)
+        mean_E = _total(mean for _, mean in shares) / len(shares)
         return self.weight * _balance(share_E, mean_E)
 
 
@@ -73,7 +74,11 @@ class RouterZLoss:
 
     def __call__(self, routings: Sequence[Routing], mask_T: Array | None) -> Array:
         squares = [jnp.square(jax.nn.logsumexp(r.logits_TxE, axis=-1)) for r in routings]
-        return self.weight * sum(_mean(s, mask_T) for s in squares)
+        return self.weight * _total(_mean(s, mask_T) for s in squares)
+
+
+def _total(terms: Iterable[Array]) -> Array:
+    return functools.reduce(jnp.add, terms)
 
 
 def _balance(share_E: Array, mean_E: Array) -> Array:
