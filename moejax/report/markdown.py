@@ -11,6 +11,8 @@ from moejax.report.headline import basis, headline
 from moejax.report.tables import Table, facts_table
 from moejax.runs import StudyResult
 
+HOVER = " Hover over a number for its exact value."  # pages can, Markdown cannot
+
 
 def study_markdown(study: StudyResult, facts: dict[str, Any]) -> str:
     """Headline, tables, verdicts and protocol of a study; facts: those of its run.json."""
@@ -18,8 +20,8 @@ def study_markdown(study: StudyResult, facts: dict[str, Any]) -> str:
     dirty = " with changes" if git.get("dirty") else ""
     commit = git.get("commit", "not from a checkout") + dirty
     parts = [
-        f"# {' '.join(headline(study)[:1])}",
-        "\n".join(f"- {sentence}" for sentence in headline(study)[1:]),
+        f"# {study.protocol.get('study', 'A study')}",
+        "\n".join(f"- {sentence}" for sentence in headline(study)),
         basis(study),
         f"Command: `{shlex.join(facts.get('command') or [])}`; commit: {commit}.",
         "## Arms",
@@ -46,7 +48,8 @@ def _markdown(table: Table) -> str:
     rule = ["---" if column.text else "---:" for column in table.columns]
     body = [[cell.text for cell in row.cells] for row in table.rows]
     lines = "\n".join(_line(cells) for cells in (head, rule, *body))
-    return f"{table.caption}\n\n{lines}" if table.caption else lines
+    caption = table.caption.removesuffix(HOVER)
+    return f"{caption}\n\n{lines}" if caption else lines
 
 
 def _line(cells: Iterable[str]) -> str:
