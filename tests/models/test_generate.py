@@ -49,7 +49,12 @@ FORMATS = {
 }
 
 
-@pytest.mark.parametrize("name", FORMATS)
+SLOWER = {"asymmetric 4", "log2", "low rank"}  # what they share with the others is tested there
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOWER else n for n in FORMATS]
+)
 def test_every_format_runs_in_prefill_and_decode(run, name, spec, model, tokens_BxS):
     """Catches a format whose grouped matmul differs from its materialised weight inside a model."""
     named = parameters(model)

@@ -1,6 +1,7 @@
 """Dropless and capacity dispatch against the dense oracle."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -44,13 +45,14 @@ def layer(router, dispatch, **more):
     return MoELayer(spec, D, 0.5, rngs=nnx.Rngs(0))
 
 
-def run(dispatch, router, x_TxD, mask_T, skew=0.0, **more):
-    """Output and gradients of sum(y * c) for tokens and every parameter."""
-    graphdef, state, rest = nnx.split(layer(router, dispatch, **more), nnx.Param, ...)
-    weight_TxD = jax.random.normal(jax.random.key(7), x_TxD.shape)
+@functools.cache
+def compiled(dispatch, router, slots):
+    """(parameters, jitted gradients of sum(y * c)); compiled once, whatever the skew."""
+    module = layer(router, dispatch, slots=slots)
+    graphdef, state, rest = nnx.split(module, nnx.Param, ...)
+    weight_TxD = jax.random.normal(jax.random.key(7), (T, D))
 
-    @jax.jit
-    def value(state, x_TxD):
+    def value(state, x_TxD, mask_T, skew):
         module = nnx.merge(graphdef, state, rest)
         kernel = module.router.scores["kernel"]
         # A common direction in the tokens sends most of them to the first experts.
@@ -58,7 +60,13 @@ def run(dispatch, router, x_TxD, mask_T, skew=0.0, **more):
         y_TxD, _, _ = module(x_TxD, RouterContext(mask_T=mask_T), NOTHING)
         return jnp.sum(jnp.where(mask_T[:, None], y_TxD, 0) * weight_TxD), y_TxD
 
-    (_, y_TxD), grads = jax.value_and_grad(value, argnums=(0, 1), has_aux=True)(state, x_TxD)
+    return state, jax.jit(jax.value_and_grad(value, argnums=(0, 1), has_aux=True))
+
+
+def run(dispatch, router, x_TxD, mask_T, skew=0.0, slots=None):
+    """Output and gradients of sum(y * c) for tokens and every parameter."""
+    state, gradients = compiled(dispatch, router, slots)
+    (_, y_TxD), grads = gradients(state, x_TxD, mask_T, skew)
     return y_TxD, jax.tree.leaves(grads)
 
 
