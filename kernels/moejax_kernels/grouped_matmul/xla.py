@@ -144,34 +144,21 @@ def _float_gradients(
     bits = _as_bits(leaves)
     treedef = jax.tree.structure(leaves)
     groups = locate(group_sizes_G, group_offset, jax.tree.leaves(leaves)[0].shape[0], rows)
-    tall, short = block_heights(rows, group_sizes_G.shape[0])
+    heights = block_heights(rows, group_sizes_G.shape[0])
+
+    def block(row: Array, height: int, inside: Array | None) -> Array:
+        x = lax.dynamic_slice_in_dim(x_RxK, row, height)
+        dy = lax.dynamic_slice_in_dim(dy_RxN, row, height)
+        if inside is not None:
+            x, dy = jnp.where(inside, x, 0), jnp.where(inside, dy, 0)
+        x, dy = x.astype(accumulate), dy.astype(accumulate)
+        return lax.dot_general(x, dy, (((0,), (0,)), ((), ())))
 
     def of_expert(n: Array, gradients: list[Array]) -> list[Array]:
         index = groups.nth_active(n)
         start, end = groups.start_E[index], groups.end_E[index]
-        full = (end - start) // tall
-        rest = start + full * tall
-
-        def outer(x: Array, dy: Array) -> Array:
-            x, dy = x.astype(accumulate), dy.astype(accumulate)
-            return lax.dot_general(x, dy, (((0,), (0,)), ((), ())))
-
-        def full_block(i: Array, sum_KxN: Array) -> Array:
-            row = start + i * tall
-            x = lax.dynamic_slice_in_dim(x_RxK, row, tall)
-            return sum_KxN + outer(x, lax.dynamic_slice_in_dim(dy_RxN, row, tall))
-
-        def last_block(i: Array, sum_KxN: Array) -> Array:
-            wanted = rest + i * short
-            row = jnp.minimum(wanted, rows - short)
-            inside = _inside(row, short, wanted, end)
-            x = jnp.where(inside, lax.dynamic_slice_in_dim(x_RxK, row, short), 0)
-            dy = jnp.where(inside, lax.dynamic_slice_in_dim(dy_RxN, row, short), 0)
-            return sum_KxN + outer(x, dy)
-
         dw_KxN = jnp.zeros((x_RxK.shape[1], dy_RxN.shape[1]), accumulate)
-        dw_KxN = lax.fori_loop(0, full, full_block, dw_KxN)
-        dw_KxN = lax.fori_loop(0, -(-(end - rest) // short), last_block, dw_KxN)
+        dw_KxN = sum_of_blocks(block, dw_KxN, start, end, rows, heights)
 
         one = jax.tree.leaves(_select(bits, leaves, index))
 
@@ -189,6 +176,35 @@ def _float_gradients(
         ]
 
     return lax.fori_loop(0, groups.active, of_expert, gradients)
+
+
+def sum_of_blocks(
+    block: Callable[[Array, int, Array | None], Array],
+    zero: Array,
+    start: Array,
+    end: Array,
+    rows: int,
+    heights: tuple[int, int],
+) -> Array:
+    """`zero` plus `block(row, height, inside)` over row blocks that cover [start, end) once.
+
+    heights: (tall, short), see `block_heights`. inside: [height, 1], which rows of a block count;
+    None where all do.
+    """
+    tall, short = heights
+    full = (end - start) // tall
+    rest = start + full * tall
+
+    def full_block(i: Array, total: Array) -> Array:
+        return total + block(start + i * tall, tall, None)
+
+    def last_block(i: Array, total: Array) -> Array:
+        wanted = rest + i * short
+        row = jnp.minimum(wanted, rows - short)
+        return total + block(row, short, _inside(row, short, wanted, end))
+
+    total = lax.fori_loop(0, full, full_block, zero)
+    return lax.fori_loop(0, -(-(end - rest) // short), last_block, total)
 
 
 def _inside(row: Array, height: int, first: Array, end: Array) -> Array:
