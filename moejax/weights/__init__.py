@@ -28,27 +28,43 @@ from moejax.weights.buckets import Buckets
 from moejax.weights.codebook import Codebook, pack_codebook
 from moejax.weights.low_rank import LowRank, truncated_svd
 from moejax.weights.packed import Packed, pack, pack_codes, unpack_codes
+from moejax.weights.row_patch import RowPatch, patch_rows
 from moejax.weights.sums import Sum
 
-# Quantizers
+# Grids: what quantizes
+from moejax.weights.clipping import ClippedGrid
+from moejax.weights.grid import Grid
+from moejax.weights.hqq import HQQGrid
 from moejax.weights.quantize import AsymmetricGrid, Log2Grid, SymmetricGrid
+from moejax.weights.sign_grids import BinaryGrid, TernaryGrid
+
+# Rounding that minds the inputs
+from moejax.weights.gptq_rounding import GPTQResult, gptq
 
 __all__ = [
     "AsymmetricGrid",
+    "BinaryGrid",
     "Buckets",
+    "ClippedGrid",
     "Codebook",
     "Format",
+    "GPTQResult",
+    "Grid",
+    "HQQGrid",
     "Log2Grid",
     "LowRank",
     "Packed",
+    "RowPatch",
     "Sum",
     "SymmetricGrid",
+    "TernaryGrid",
     "abstract_from_meta",
     "bits_per_weight",
     "code_bits",
     "concatenate",
     "flatten",
     "format_meta",
+    "gptq",
     "grouped_matmul",
     "logical_axes",
     "materialize",
@@ -57,6 +73,7 @@ __all__ = [
     "pack",
     "pack_codebook",
     "pack_codes",
+    "patch_rows",
     "register_format",
     "relative_error",
     "shape",

@@ -1,30 +1,15 @@
-"""Round-to-nearest on uniform and logarithmic grids (MoQE, arXiv:2310.02410).
-
-Every grid splits K into groups of inputs, one scale per group and output column. The scale is
-rounded to the dtype in which it is stored before any code is computed, so that |w - w^| is at most
-half a stored step. Pure and batched over leading axes; jit-able.
-
-Scales are float16. Below its normal range (6e-5) a scale is rounded up, so that no code is cut off
-and the error stays below half a step, at most 3e-8; an all-zero group stores scale 1 and is exact.
-Above its range, and for NaN or infinite weights, known values raise SpecError; under jit, where
-values are not known, the scale becomes infinite or NaN and so does everything after it.
-"""
+"""Grids between the extremes of each group: uniform and logarithmic (MoQE, arXiv:2310.02410)."""
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any
-
-import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
-from jax.core import Tracer
 
-from moejax.core import SpecError, check_that, spec
+from moejax.core import check_that, spec
 from moejax.weights.codebook import Codebook, pack_codebook
-from moejax.weights.packed import Packed, check_group, check_packable, grouped, pack
-
-_SMALLEST_NORMAL = 2.0**-14  # of float16
+from moejax.weights.grid import check_grid_group, round_to_nearest, squared_error, stored
+from moejax.weights.packed import Packed, pack
 
 
 @spec
@@ -40,12 +25,12 @@ class SymmetricGrid:
     def check(self) -> None:
         """2 to 8 bits: at one bit the largest code is zero."""
         check_that(2 <= self.bits <= 8, self, "bits", "Choose 2 to 8.")
-        _check_group(self)
+        check_grid_group(self)
 
     def scales(self, w: Array) -> tuple[Array, None]:
         """float16 scale [..., 1, N] of one group w [..., group, N] per leading index; no zero."""
         largest = jnp.abs(w.astype(jnp.float32)).max(-2, keepdims=True)
-        return _stored(largest / (2 ** (self.bits - 1) - 1)), None
+        return stored(largest / (2 ** (self.bits - 1) - 1)), None
 
     def codes(self, w: Array, scale: Array, zero: Array | None = None) -> Array:
         """uint8 codes of w [..., group, N] on the grid of its scale [..., 1, N]."""
@@ -64,7 +49,7 @@ class SymmetricGrid:
 
     def __call__(self, w: Array, name: str = "") -> Packed:
         """Round-to-nearest of w [*lead, K, N]; `name` is the matrix in errors."""
-        return _round_to_nearest(self, w, name)
+        return round_to_nearest(self, w, name)
 
 
 @spec
@@ -81,7 +66,7 @@ class AsymmetricGrid:
     def check(self) -> None:
         """1 to 8 bits."""
         check_that(1 <= self.bits <= 8, self, "bits", "Choose 1 to 8.")
-        _check_group(self)
+        check_grid_group(self)
 
     def scales(self, w: Array) -> tuple[Array, Array]:
         """float16 scale and uint8 zero [..., 1, N] of one group w [..., group, N]."""
@@ -90,7 +75,7 @@ class AsymmetricGrid:
         high = jnp.maximum(w.max(-2, keepdims=True), 0)
         top = 2**self.bits - 1
         # Divided before the difference, which may overflow.
-        scale = _stored(high / top - low / top)
+        scale = stored(high / top - low / top)
         zero = jnp.clip(jnp.round(-low / scale.astype(jnp.float32)), 0, top)
         return scale, zero.astype(jnp.uint8)
 
@@ -111,7 +96,7 @@ class AsymmetricGrid:
 
     def __call__(self, w: Array, name: str = "") -> Packed:
         """Round-to-nearest of w [*lead, K, N]; `name` is the matrix in errors."""
-        return _round_to_nearest(self, w, name)
+        return round_to_nearest(self, w, name)
 
 
 @spec
@@ -131,48 +116,43 @@ class Log2Grid:
         """2 to 6 bits: beyond, the smallest levels are below float32."""
         check_that(2 <= self.bits <= 6, self, "bits", "Choose 2 to 6.")
         check_that(self.candidates >= 1, self, "candidates", "Try at least one.")
-        _check_group(self)
+        check_grid_group(self)
 
     def levels(self) -> Array:
         """float32 [2**bits]: the positive levels 1, 1/2, ..., then the negative ones."""
-        positive = 2.0 ** -jnp.arange(2 ** (self.bits - 1), dtype=jnp.float32)
+        positive = np.ldexp(np.float32(1), -np.arange(2 ** (self.bits - 1)))
         return jnp.concatenate([positive, -positive])
 
     def scales(self, w: Array) -> tuple[Array, None]:
         """float16 scale [..., 1, N] of one group w [..., group, N]; no zero."""
         w = w.astype(jnp.float32)
         largest = jnp.abs(w).max(-2, keepdims=True)
-        unit = jnp.where(largest > 0, largest, 1)
-
-        def error(scale: Array) -> Array:
-            near = self.values(self.codes(w, scale), scale)
-            return jnp.square((near - w) / unit).sum(-2, keepdims=True)
 
         def better(i: Array, best: tuple[Array, Array]) -> tuple[Array, Array]:
-            scale = _stored(largest * (0.5 + (i + 0.5) / self.candidates), empty=0.0)
-            worse = error(scale)
-            keep = worse < best[1]
-            return jnp.where(keep, scale, best[0]), jnp.where(keep, worse, best[1])
+            scale = stored(largest * (0.5 + (i + 0.5) / self.candidates), empty=0.0)
+            error = squared_error(self, w, scale, None)
+            keep = error < best[1]
+            return jnp.where(keep, scale, best[0]), jnp.where(keep, error, best[1])
 
-        first = _stored(largest, empty=0.0)
-        return lax.fori_loop(0, self.candidates, better, (first, error(first)))[0], None
+        first = stored(largest, empty=0.0)
+        start = (first, squared_error(self, w, first, None))
+        return lax.fori_loop(0, self.candidates, better, start)[0], None
 
     def codes(self, w: Array, scale: Array, zero: Array | None = None) -> Array:
         """uint8 codes: the exponent j, plus 2**(bits-1) for a negative weight."""
         half = 2 ** (self.bits - 1)
         scale = scale.astype(jnp.float32)
         ratio = jnp.abs(w.astype(jnp.float32)) / jnp.where(scale > 0, scale, 1)
-        # Below the smallest level there is nothing to distinguish, and log2(0) to avoid.
-        exponent = jnp.round(-jnp.log2(jnp.maximum(ratio, 2.0**-half)))
+        # Below the smallest level there is nothing to distinguish, and no exponent of 0 to take.
+        # round(-log2(m * 2**e)) from the parts: a logarithm's last digit depends on the compiler.
+        mantissa, exponent = jnp.frexp(jnp.maximum(ratio, 2.0**-half))
+        exponent = (mantissa < np.float32(0.5**0.5)) - exponent
         codes = jnp.clip(exponent, 0, half - 1) + half * (w < 0)
         return codes.astype(jnp.uint8)
 
     def values(self, codes: Array, scale: Array, zero: Array | None = None) -> Array:
         """float32 weights that the codes stand for."""
-        half = 2 ** (self.bits - 1)
-        exponent = (codes % half).astype(jnp.float32)
-        magnitude = jnp.exp2(-exponent) * scale.astype(jnp.float32)
-        return jnp.where(codes < half, magnitude, -magnitude)
+        return self.levels()[codes] * scale.astype(jnp.float32)
 
     def pack(self, codes: Array, scale: Array, zero: Array | None = None) -> Codebook:
         """The format of codes [*lead, K, N] and scale [*lead, K / group, N]."""
@@ -181,50 +161,4 @@ class Log2Grid:
 
     def __call__(self, w: Array, name: str = "") -> Codebook:
         """Round-to-nearest of w [*lead, K, N]; `name` is the matrix in errors."""
-        return _round_to_nearest(self, w, name)
-
-
-Grid = SymmetricGrid | AsymmetricGrid | Log2Grid
-
-
-def _round_to_nearest(grid: Grid, w: Array, name: str) -> Any:
-    check_group(w.shape[-2], grid.group or w.shape[-2], name)
-    check_packable(w.shape[-2], grid.bits, name)
-    weight = _quantized(grid, w)
-    require_finite(weight.scale, name)
-    return weight
-
-
-@partial(jax.jit, static_argnames="grid")
-def _quantized(grid: Any, w: Array) -> Packed | Codebook:
-    *lead, inputs, columns = w.shape
-    w = grouped(w, grid.group or inputs)
-    scale, zero = grid.scales(w)
-    codes = grid.codes(w, scale, zero)
-    scale = scale.reshape(*lead, -1, columns)
-    zero = None if zero is None else zero.reshape(scale.shape)
-    return grid.pack(codes.reshape(*lead, inputs, columns), scale, zero)
-
-
-def require_finite(scale: Array, name: str = "") -> None:
-    """Raises SpecError, naming the matrix, if a known scale is NaN or infinite."""
-    if isinstance(scale, Tracer) or bool(jnp.isfinite(scale).all()):
-        return
-    of = f" of {name}" if name else ""
-    raise SpecError(
-        f"a scale{of} is not finite: the weights hold NaN, infinity or values above 65504.",
-        "Check the weights; train or load them again, or rescale the matrix.",
-    )
-
-
-def _stored(scale: Array, empty: float = 1.0) -> Array:
-    """The scale as float16; upwards where it is subnormal, `empty` where it is zero."""
-    stored = scale.astype(jnp.float16)
-    short = (scale < _SMALLEST_NORMAL) & (stored.astype(jnp.float32) < scale)
-    stored = jnp.where(short, jnp.nextafter(stored, jnp.float16(jnp.inf)), stored)
-    return jnp.where(scale == 0, jnp.float16(empty), stored)
-
-
-def _check_group(grid: Grid) -> None:
-    fix = "Choose the inputs per scale, or None for one scale per column."
-    check_that(grid.group is None or grid.group >= 1, grid, "group", fix)
+        return round_to_nearest(self, w, name)

@@ -11,7 +11,16 @@ from collections.abc import Callable
 import jax.numpy as jnp
 import numpy as np
 
-from moejax.weights import Buckets, Codebook, LowRank, Sum, pack, pack_codebook
+from moejax.weights import (
+    Buckets,
+    Codebook,
+    LowRank,
+    RowPatch,
+    Sum,
+    pack,
+    pack_codebook,
+    patch_rows,
+)
 
 E, K, N = 4, 32, 6
 Builder = Callable[[tuple[int, ...], int], tuple]
@@ -77,6 +86,19 @@ def buckets(lead, seed) -> tuple[Buckets, np.ndarray]:
     return Buckets(tuple(w for w, _ in parts)), exact
 
 
+def row_patch(base: Builder):
+    def build(lead, seed) -> tuple[RowPatch, np.ndarray]:
+        generator = np.random.default_rng(seed + 100)
+        w, exact = base(lead, seed)
+        index = np.argsort(generator.random((*lead, K)), axis=-1)[..., :3]
+        rows = jnp.asarray(_float(generator, *lead, 3, N), jnp.bfloat16)
+        exact = np.array(exact)
+        np.put_along_axis(exact, index[..., None], np.float64(rows), axis=-2)
+        return patch_rows(w, jnp.asarray(index), rows), exact
+
+    return build
+
+
 FORMATS: list[tuple[str, Builder]] = [
     ("dense", dense),
     ("packed_2_symmetric", packed(2, 16, None)),
@@ -86,4 +108,6 @@ FORMATS: list[tuple[str, Builder]] = [
     ("low_rank", low_rank),
     ("sum", sum_of(packed(3, 16, None), low_rank)),
     ("buckets", buckets),
+    ("row_patch", row_patch(packed(2, 16, "uint8"))),
+    ("row_patch_of_sum", row_patch(sum_of(packed(3, 16, None), low_rank))),
 ]

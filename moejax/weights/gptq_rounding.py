@@ -1,0 +1,239 @@
+"""GPTQ: rounding input by input, each error made good by the inputs that follow."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.core import Tracer
+
+from moejax.core import SpecError
+from moejax.weights.format import Format
+from moejax.weights.grid import Grid, Rounded, check_fits, nearest, require_finite
+
+_FLOOR = 1e-6  # of the mean diagonal; below, float32 cannot factorise what is rank-deficient
+_RETRIES = 3  # each with ten times the damping
+
+
+class GPTQResult(NamedTuple):
+    """A weight on its grid, and for each matrix how its moments were factorised.
+
+    failed: bool, of shape `lead`; no damping sufficed, the matrix is rounded to nearest.
+    damping: float32, of shape `lead`; relative to the mean diagonal, infinite where failed.
+    """
+
+    weight: Format
+    failed: Array
+    damping: Array
+
+
+def gptq(
+    w: Array,
+    moments: Array,
+    grid: Grid,
+    *,
+    act_order: bool = False,
+    damping: float = 0.01,
+    block: int = 32,
+    name: str = "",
+) -> GPTQResult:
+    """w [*lead, K, N] on the grid, so that tr((w - q)^T moments (w - q)) is small.
+
+    moments [*lead, K, K]: sum or mean of x x^T over the rows x that w is multiplied with. GPTQ
+    (arXiv:2210.17323) for all matrices at once, as QMoE does for experts (arXiv:2310.16795). The
+    paper's columns are rows here: row k is rounded, and its error taken back from the rows after it
+    as far as their inputs are correlated. Moments without off-diagonals give round-to-nearest.
+
+    The errors of up to `block` rows are handed to the rows beyond at once; the result does not
+    depend on it. The paper's 128 is slower on CPUs, where the rows of all experts leave the cache.
+    The scales of a group are those of its corrected weights when it is reached. Under
+    `act_order` rows are taken in the order of falling diagonal, ties as they stand; since the
+    formats keep the rows of a group together, the groups stay the original ones, and their scales
+    are those of the original weights ("static groups").
+
+    damping: added to the diagonal, relative to its mean over the inputs seen, at least 1e-6; ten
+    times as much, up to three times, where float32 finds no factor. An input that was never seen,
+    of zero diagonal, is rounded to nearest and not set to zero: that no calibration text used it
+    says nothing of the texts to come.
+
+    Raises SpecError, naming the matrix, if shapes do not fit, or a weight, a moment or a scale is
+    not finite.
+    """
+    _check(w, moments, grid, damping, block, name)
+    start = nearest(grid, w)
+    result = _solve(w, moments, start, damping, grid, act_order, block)
+    require_finite(result.weight, name)
+    return result
+
+
+@partial(jax.jit, static_argnames=("grid", "act_order", "block"))
+def _solve(
+    w: Array,
+    moments: Array,
+    start: Rounded,
+    damping: float,
+    grid: Any,
+    act_order: bool,
+    block: int,
+) -> GPTQResult:
+    lead = w.shape[:-2]
+
+    def one(w: Array, moments: Array, start: Rounded) -> tuple[Rounded, Array, Array]:
+        order = None
+        if act_order:
+            order = jnp.argsort(-jnp.diagonal(moments), stable=True)
+            moments = moments[order][:, order]
+        feedback, used = _feedback(_normalised(moments), damping)
+        found = _round_rows(w, feedback, start, order, grid, block)
+        failed = jnp.isinf(used)
+        found = jax.tree.map(lambda f, s: jnp.where(failed, s, f), found, start)
+        return found, failed, used
+
+    flat = jax.tree.map(lambda a: a.reshape(-1, *a.shape[len(lead) :]), (w, moments, start))
+    found, failed, used = jax.vmap(one)(*flat)
+    codes, scale, zero = jax.tree.map(lambda a: a.reshape(*lead, *a.shape[1:]), found)
+    return GPTQResult(grid.pack(codes, scale, zero), failed.reshape(lead), used.reshape(lead))
+
+
+def _normalised(moments: Array) -> Array:
+    """Moments [K, K] over the mean diagonal of the inputs seen; the others get 1 and no neighbours.
+
+    Divided in two steps, so that no sum overflows.
+    """
+    moments = moments.astype(jnp.float32)
+    diagonal = jnp.diagonal(moments)
+    seen = diagonal != 0
+    largest = jnp.abs(diagonal).max()
+    largest = jnp.where(largest > 0, largest, 1)
+    mean = jnp.abs(diagonal / largest).sum() / jnp.maximum(seen.sum(), 1)
+    scaled = moments / largest / jnp.where(mean > 0, mean, 1)
+    return jnp.where(seen[:, None] & seen, scaled, 0) + jnp.diag(jnp.where(seen, 0.0, 1.0))
+
+
+def _feedback(h: Array, damping: float | Array) -> tuple[Array, Array]:
+    """Share [K, K] of row k's change that goes to row j > k, else 0; and the damping it took.
+
+    With h = R R^T, R upper triangular, the inverse's upper Cholesky factor is U = R^-1, and the
+    paper's error (w'_k - q_k) / U_kk is (R^T (w - q))_k. So w'_j = w_j + sum_{k<j} (w_k - q_k)
+    R_kj / R_jj: the same corrections without the inverse, from the change of the original weights,
+    which is more accurate in float32. (The sum is the paper's w'_j once all k < j are in it; while
+    rows are missing, the paper's value has them follow, see `rescaled`.) Zeros, and infinity, if no
+    damping suffices.
+    """
+    eye = jnp.eye(len(h))
+
+    def factorised(level: Array) -> tuple[Array, Array]:
+        # R is the lower factor of the reversed matrix, reversed.
+        factor = jnp.linalg.cholesky((h + level * eye)[::-1, ::-1])[::-1, ::-1]
+        share = jnp.triu(factor / jnp.diagonal(factor), 1)
+        return share, jnp.isfinite(share).all()
+
+    def retry(state: tuple) -> tuple:
+        tries, level, *_ = state
+        return tries + 1, 10 * level, *factorised(10 * level)
+
+    level = jnp.maximum(jnp.float32(damping), _FLOOR)
+    state = (0, level, *factorised(level))
+    _, level, share, good = lax.while_loop(lambda s: ~s[3] & (s[0] < _RETRIES), retry, state)
+    return jnp.where(good, share, 0), jnp.where(good, level, jnp.inf)
+
+
+def _round_rows(
+    w: Array, feedback: Array, start: Rounded, order: Array | None, grid: Any, block: int
+) -> Rounded:
+    """Codes of one matrix [K, N], row after row in the order of `feedback`; w in its own order."""
+    inputs = len(w)
+    group = grid.group or inputs
+    fresh = order is None and group < inputs  # whether scales follow the corrected weights
+    rows = _largest_divisor(group if fresh else inputs, block)
+    order = jnp.arange(inputs) if order is None else order
+    original = w.astype(jnp.float32)[order]
+
+    def rescaled(corrected: Array, first: Array, scales: tuple) -> tuple:
+        now, before = (lax.dynamic_slice_in_dim(a, first, group) for a in (corrected, original))
+        within = lax.dynamic_slice(feedback, (first, first), (group, group))
+        # `corrected` row j awaits the changes of all rows before it. If those of this group are to
+        # follow suit and not to be rounded, they change too, and j less by their shares.
+        change = lax.linalg.triangular_solve(
+            within.T + jnp.eye(group), now - before, left_side=True, lower=True, unit_diagonal=True
+        )
+        now = before + change
+        # A column that no error has reached keeps the scale of round-to-nearest to the last bit,
+        # in whatever order the compiler adds.
+        same = (now == before).all(0)
+
+        def put(old: Array, new: Array) -> Array:
+            at = first // group
+            return old.at[at].set(jnp.where(same, old[at], new[0]))
+
+        return jax.tree.map(put, scales, grid.scales(now))
+
+    def round_block(i: Array, state: tuple) -> tuple:
+        corrected, codes, scales = state
+        first = i * rows
+        if fresh:
+            scales = lax.cond(
+                first % group == 0, lambda s: rescaled(corrected, first, s), lambda s: s, scales
+            )
+        strip = lax.dynamic_slice_in_dim(feedback, first, rows)
+        within = lax.dynamic_slice_in_dim(strip, first, rows, axis=1)
+        exact, inside = (lax.dynamic_slice_in_dim(a, first, rows) for a in (original, corrected))
+        groups = lax.dynamic_slice_in_dim(order, first, rows) // group
+        # Converted once per block and not in every row: float16 is slow on CPUs.
+        scale = jax.tree.map(lambda a: a[groups].astype(jnp.float32), scales)
+
+        def round_row(changes: Array, row: tuple) -> tuple[Array, Array]:
+            k, shares, here_N, w_N, scale = row
+            scale = jax.tree.map(lambda a: a[None], scale)
+            here_N += jnp.matmul(shares, changes, precision=lax.Precision.HIGHEST)
+            code = grid.codes(here_N[None], *scale)
+            change = w_N - grid.values(code, *scale)[0]
+            return lax.dynamic_update_index_in_dim(changes, change, k, 0), code[0]
+
+        each = (jnp.arange(rows), within.T, inside, exact, scale)
+        changes, found = lax.scan(round_row, jnp.zeros_like(inside), each)
+        # Rows up to here get their share once more, or none: they are done.
+        corrected += jnp.matmul(strip.T, changes, precision=lax.Precision.HIGHEST)
+        return corrected, lax.dynamic_update_slice_in_dim(codes, found, first, 0), scales
+
+    state = (original, jnp.zeros(w.shape, jnp.uint8), (start.scale, start.zero))
+    _, codes, scales = lax.fori_loop(0, inputs // rows, round_block, state)
+    return Rounded(jnp.zeros_like(codes).at[order].set(codes), *scales)
+
+
+def _largest_divisor(number: int, limit: int) -> int:
+    return next(d for d in range(min(number, limit), 0, -1) if number % d == 0)
+
+
+def _check(w: Array, moments: Array, grid: Grid, damping: float, block: int, name: str) -> None:
+    of = f" of {name}" if name else ""
+    wanted = (*w.shape[:-1], w.shape[-2])
+    if tuple(moments.shape) != wanted:
+        raise SpecError(
+            f"moments{of} have shape {tuple(moments.shape)}, expected {wanted}.",
+            "Give one K x K matrix of second moments per matrix of the weight.",
+        )
+    if block < 1 or not damping >= 0:
+        raise SpecError(
+            f"gptq{of} got block = {block} and damping = {damping}.",
+            "Use a block of 1 or more, 128 is usual, and a damping of 0 or more, 0.01 is usual.",
+        )
+    check_fits(grid, w, name)
+    finite = _finite(w, moments)
+    if isinstance(finite, Tracer):
+        return
+    for what, good in zip(("weight", "second moment"), np.asarray(finite), strict=True):
+        if not good:
+            raise SpecError(
+                f"a {what}{of} is not finite.",
+                "Check the weights and the calibration text; calibrate or train again.",
+            )
+
+
+@jax.jit
+def _finite(*arrays: Array) -> Array:
+    return jnp.stack([jnp.isfinite(a).all() for a in arrays])
