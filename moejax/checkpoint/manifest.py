@@ -25,7 +25,7 @@ from moejax.files import (
     sha256_of_file,
     write_safetensors,
 )
-from moejax.models import DecoderLM, ModelSpec, parameters, with_parameters
+from moejax.models import DecoderLM, ModelSpec, parameters, retyped, with_parameters
 
 VERSION = 1
 MANIFEST = "model.json"
@@ -218,25 +218,6 @@ def _check_tensor_file(folder: Path, manifest: Manifest) -> None:
 
 def _stored(model: DecoderLM, dtype: Any) -> dict[str, Any]:
     return retyped(parameters(model), dtype)
-
-
-def retyped(named: Mapping[str, Any], dtype: Any) -> dict[str, Any]:
-    """Plain float parameters in `dtype`, the rest as it is.
-
-    Router state keeps its dtype: a bias that moves by 1e-3 would not survive bfloat16.
-    """
-
-    def retype(name: str, weight: Any) -> Any:
-        plain = isinstance(weight, jax.Array | np.ndarray | jax.ShapeDtypeStruct)
-        if dtype is None or not plain or ".selector." in name:
-            return weight
-        if not jnp.issubdtype(weight.dtype, jnp.floating):
-            return weight
-        if isinstance(weight, jax.ShapeDtypeStruct):
-            return jax.ShapeDtypeStruct(weight.shape, dtype)
-        return weight.astype(dtype)
-
-    return {name: retype(name, weight) for name, weight in named.items()}
 
 
 def _tensors(named: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,14 @@ EXPERT_INPUT = "expert_input"  # rows_RxD, in the order of group_sizes
 EXPERT_HIDDEN = "expert_hidden"  # rows_RxF, what the down projection sees
 EXPERT_OUTPUT = "expert_output"  # rows_RxD, before the gate weights
 DISPATCH = "dispatch"  # the moe.DispatchPlan that gives the rows' tokens and group sizes
+FFN_HIDDEN = "ffn_hidden"  # h_TxF of a dense feed-forward, what its down projection sees
+SHARED_HIDDEN = "shared_hidden"  # h_TxF of the shared experts
+ALL_HIDDEN = "all_hidden"  # [E, T, F], every stored expert on every token
+ALL_OUTPUT = "all_output"  # [E, T, D], the same, before the gate weights
+BLOCK_INPUT = "block_input"  # x_BxSxD, the residual stream before the block
+BLOCK_OUTPUT = "block_output"  # x_BxSxD, the residual stream after it
 ATTENTION_INPUT = "attention_input"  # x_BxSxD, after the norm
+ATTENTION_CONTEXT = "attention_context"  # [B, S, H W], what the output projection sees
 ATTENTION_MASS = (
     "attention_mass"  # [B, S], attention that later tokens pay to each token, mean over heads
 )
@@ -32,7 +39,14 @@ NAMES = frozenset(
         EXPERT_HIDDEN,
         EXPERT_OUTPUT,
         DISPATCH,
+        FFN_HIDDEN,
+        SHARED_HIDDEN,
+        ALL_HIDDEN,
+        ALL_OUTPUT,
+        BLOCK_INPUT,
+        BLOCK_OUTPUT,
         ATTENTION_INPUT,
+        ATTENTION_CONTEXT,
         ATTENTION_MASS,
     }
 )

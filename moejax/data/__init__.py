@@ -22,7 +22,7 @@ from moejax.data.tokenizer import (
     shipped_tokenizer,
     train_tokenizer,
 )
-from moejax.data.windows import EvalBatch, heldout_windows, windows
+from moejax.data.windows import EvalBatch, windows
 from moejax.data.xz_baseline import MOST_PRIMING_BYTES, xz_bits_per_byte
 
 __all__ = [
@@ -47,7 +47,6 @@ __all__ = [
     "balanced_texts",
     "heldout_documents",
     "heldout_text",
-    "heldout_windows",
     "shipped_tokenizer",
     "split_of",
     "tokenize_corpus",

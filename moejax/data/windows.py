@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 
 from moejax.core.errors import DataError
-from moejax.data.corpus import HELDOUT_BYTES, Corpus, heldout_documents
-from moejax.data.tokenizer import Tokenizer
 
 
 class EvalBatch(NamedTuple):
@@ -44,28 +42,3 @@ def windows(
         tokens_BxS = np.roll(targets_BxS, 1, axis=1)
         tokens_BxS[:, 0] = end_of_document
         yield EvalBatch(tokens_BxS, targets_BxS, mask_BxS, group)
-
-
-def heldout_windows(
-    corpus: Corpus,
-    tokenizer: Tokenizer,
-    *,
-    length: int,
-    batch: int,
-    byte_count: int = HELDOUT_BYTES,
-    groups: Iterable[str] | None = None,
-) -> tuple[list[EvalBatch], dict[str, int]]:
-    """The held-out text of all groups (or of `groups`) as windows, and each group's bytes of text.
-
-    The bytes are those of `heldout_text`: a document's end counts as one. Raises DataError as
-    `heldout_documents` does.
-    """
-    batches: list[EvalBatch] = []
-    group_bytes: dict[str, int] = {}
-    end = tokenizer.end_of_document
-    for group in corpus.groups if groups is None else groups:
-        documents = heldout_documents(corpus, group, byte_count)
-        group_bytes[group] = sum(len(text.encode()) + 1 for text in documents)
-        tokens = tokenizer.encode_documents(documents)
-        batches += windows(tokens, length, batch, group=group, end_of_document=end)
-    return batches, group_bytes

@@ -19,14 +19,14 @@ from moejax.models.decoder import (
 
 # Its parameters by name, its trainable part, its size
 from moejax.models.count import Counts, count_parameters, flops_per_token
-from moejax.models.parameters import abstract_model, parameters, with_parameters
+from moejax.models.parameters import abstract_model, parameters, retyped, with_parameters
 from moejax.models.partition import Structure, combine, partition
 
 # Generation
 from moejax.models.generate import Greedy, Sample, generate
 
 # Edits
-from moejax.models.edits import permute_experts, select_experts
+from moejax.models.edits import permute_experts, select_experts, with_rule
 
 __all__ = [
     "AttentionSpec",
@@ -55,7 +55,9 @@ __all__ = [
     "partition",
     "permute_experts",
     "project",
+    "retyped",
     "select_experts",
     "with_layers",
     "with_parameters",
+    "with_rule",
 ]

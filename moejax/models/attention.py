@@ -69,8 +69,10 @@ class Attention(nnx.Module):
         if state is not None:
             seen = state = _append(state, seen)
         y, share = _attend(q, position_BxS, seen)
-        y_BxSxD = weights.matmul(y.reshape(B, S, -1), compat.read(self.o))
-        found = taps.collect(request, attention_input=x_BxSxD)
+        context_BxSxC = y.reshape(B, S, -1)
+        y_BxSxD = weights.matmul(context_BxSxC, compat.read(self.o))
+        asked = {taps.ATTENTION_INPUT: x_BxSxD, taps.ATTENTION_CONTEXT: context_BxSxC}
+        found = taps.collect(request, **asked)
         if taps.ATTENTION_MASS in request:
             found = found.merged(
                 Taps({taps.ATTENTION_MASS: _mass(share, position_BxS, seen, mask_BxS)})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -41,11 +42,16 @@ class Block(nnx.Module):
         context: RouterContext,
         request: Request,
     ) -> tuple[Array, KVState | None, Routing | None, Taps]:
-        found, routing = Taps(), None
+        found, routing = taps.collect(request, block_input=x_BxSxD), None
         if self.attention is not None and self.attention_norm is not None:
             normed = self.attention_norm(x_BxSxD)
-            y_BxSxD, state, found = self.attention(normed, state, position_BxS, mask_BxS, request)
+            asked = request | {taps.ATTENTION_MASS} if self._rules_read_attention else request
+            first = None if state is None else state.used
+            y_BxSxD, state, mixed = self.attention(normed, state, position_BxS, mask_BxS, asked)
             x_BxSxD = x_BxSxD + y_BxSxD
+            if self._rules_read_attention:
+                context = _with_attention(context, mixed[taps.ATTENTION_MASS], first, mask_BxS)
+            found = found.merged(taps.collect(request, **mixed.values))
         if self.ffn_norm is not None:
             x_TxD = self.ffn_norm(x_BxSxD).reshape(-1, x_BxSxD.shape[-1])
             if self.moe is not None:
@@ -53,10 +59,31 @@ class Block(nnx.Module):
                 found = found.merged(routed)
             else:
                 assert self.ffn is not None
-                y_TxD = self.ffn(x_TxD)
+                hidden_TxF = self.ffn.hidden(x_TxD)
+                y_TxD = self.ffn.project(hidden_TxF)
+                found = found.merged(taps.collect(request, ffn_hidden=hidden_TxF))
             found = found.merged(taps.collect(request, ffn_input=x_TxD, ffn_output=y_TxD))
             x_BxSxD = x_BxSxD + y_TxD.reshape(x_BxSxD.shape)
-        return x_BxSxD, state, routing, found
+        return x_BxSxD, state, routing, found.merged(taps.collect(request, block_output=x_BxSxD))
+
+    @property
+    def _rules_read_attention(self) -> bool:
+        ffn = self.spec.ffn
+        return isinstance(ffn, MoESpec) and any(rule.uses_attention for rule in ffn.rules)
+
+
+def _with_attention(
+    context: RouterContext, mass_BxS: Array, first: Array | None, mask_BxS: Array
+) -> RouterContext:
+    """The context with the attention mass of its tokens, unless a single one is decoded.
+
+    first: where they lie in a cache, None without one.
+    """
+    if mask_BxS.shape[1] == 1:
+        return context
+    if first is not None:
+        mass_BxS = jax.lax.dynamic_slice_in_dim(mass_BxS, first, mask_BxS.shape[1], axis=1)
+    return dataclasses.replace(context, attention_T=mass_BxS.reshape(-1))
 
 
 def _dense(ffn: DenseSpec, width: int, scale: float, rngs: nnx.Rngs) -> GatedFFN:

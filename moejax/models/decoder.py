@@ -94,14 +94,11 @@ def encode(
     key: of this step; layers fold in their index. dtype: of activations; weights are cast to it
     where they are used; routers, norms, softmax and logits stay in float32.
     """
-    B, S = tokens_BxS.shape
-    mask_BxS = jnp.ones((B, S), bool) if mask_BxS is None else mask_BxS
+    mask_BxS = jnp.ones(tokens_BxS.shape, bool) if mask_BxS is None else mask_BxS
     if positions_BxS is None:
-        positions_BxS = jnp.broadcast_to(jnp.arange(S, dtype=jnp.int32), (B, S))
-    x_BxSxD = weights.materialize(compat.read(model.embed), dtype)[tokens_BxS]
-    context = RouterContext(
-        mask_T=mask_BxS.reshape(-1), token_ids_T=tokens_BxS.reshape(-1), train=train
-    )
+        positions_BxS = _positions(tokens_BxS)
+    x_BxSxD = lookup(compat.read(model.embed), tokens_BxS, dtype)
+    context = _context(tokens_BxS, mask_BxS, train)
     routings: list[Routing | None] = []
     found: list[Taps] = []
     states: list[Any] = []
@@ -124,6 +121,34 @@ def encode(
         routings=tuple(routings),
         taps=tuple(found),
         state=None if state is None else tuple(states),
+    )
+
+
+def lookup(table_VxD: Any, tokens_BxS: Array, dtype: Any = jnp.float32) -> Array:
+    """x_BxSxD, what the first block of a model sees; table_VxD: its `embed`, in any format."""
+    return weights.materialize(table_VxD, dtype)[tokens_BxS]
+
+
+def run_block(
+    block: Block, x_BxSxD: Array, tokens_BxS: Array, mask_BxS: Array, request: Request
+) -> tuple[Array, Taps]:
+    """One block on whole texts, as `encode` runs it: the next block's input, and the taps."""
+    context = _context(tokens_BxS, mask_BxS, train=False)
+    x_BxSxD, _, _, found = block(x_BxSxD, None, _positions(tokens_BxS), mask_BxS, context, request)
+    return x_BxSxD, found
+
+
+def _positions(tokens_BxS: Array) -> Array:
+    B, S = tokens_BxS.shape
+    return jnp.broadcast_to(jnp.arange(S, dtype=jnp.int32), (B, S))
+
+
+def _context(tokens_BxS: Array, mask_BxS: Array, train: bool) -> RouterContext:
+    return RouterContext(
+        mask_T=mask_BxS.reshape(-1),
+        token_ids_T=tokens_BxS.reshape(-1),
+        train=train,
+        sequences=tokens_BxS.shape[0],
     )
 
 
@@ -165,6 +190,16 @@ def _run_state(run: Block, batch: int, length: int, dtype: Any) -> KVState | Non
 def layers(model: DecoderLM) -> list[Block]:
     """The blocks of a model, first to last, each on its own."""
     return [block for run in model.runs for block in unstack(run)]
+
+
+def layer(model: DecoderLM, index: int) -> Block:
+    """One block of a model, without a copy of the others."""
+    for run in model.runs:
+        if index < run_length(run):
+            graphdef, stacked = nnx.split(run)
+            return nnx.merge(graphdef, jax.tree.map(lambda leaf, i=index: leaf[i], stacked))
+        index -= run_length(run)
+    raise IndexError(f"the model has {len(model.spec.layers)} layers")
 
 
 def with_layers(model: DecoderLM, blocks: list[Block]) -> DecoderLM:

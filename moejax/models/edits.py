@@ -1,17 +1,19 @@
-"""Edits of experts as pure functions on a block: select, permute."""
+"""Edits of experts as pure functions on a block: select, permute, add a rule."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax.numpy as jnp
+from flax import nnx
 
 from moejax import weights
 from moejax.core import SpecError, compat
 from moejax.core.axes import EXPERT
 from moejax.models.block import Block
-from moejax.moe import MoESpec
+from moejax.moe import MoESpec, RoutingRule, rule_tables
 
 
 def select_experts(block: Block, keep: Sequence[int]) -> Block:
@@ -62,3 +64,16 @@ def permute_experts(block: Block, order: Sequence[int]) -> Block:
             f"order = {list(order)} is no permutation.", f"Name each of {ffn.experts} experts once."
         )
     return select_experts(block, order)
+
+
+def with_rule(block: Block, rule: RoutingRule, tables: Mapping[str, Any]) -> Block:
+    """The block with one rule more on its routing; SpecError when the layer has no experts."""
+    ffn = block.spec.ffn
+    if not isinstance(ffn, MoESpec) or block.moe is None:
+        raise SpecError("this block has no routing.", "Add rules to MoE layers only.")
+    edited = compat.copied(block)
+    assert edited.moe is not None
+    edited.moe.spec = dataclasses.replace(ffn, rules=(*ffn.rules, rule))
+    edited.spec = dataclasses.replace(block.spec, ffn=edited.moe.spec)
+    edited.moe.rules = nnx.List([*edited.moe.rules, rule_tables(dict(tables))])
+    return edited

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from moejax import weights
@@ -63,8 +65,7 @@ def abstract_model(
     named = {name: compat.read(v) for name, v in _variables(model, skip_runs=True)}
     for index, block in enumerate(blocks):
         named |= {f"layers.{index}.{name}": compat.read(v) for name, v in _variables(block)}
-    if dtype is not None:
-        named = {name: _retyped(value, dtype) for name, value in named.items()}
+    named = retyped(named, dtype)
     for name, meta in (formats or {}).items():
         if name not in named:
             raise CheckpointError(
@@ -72,6 +73,26 @@ def abstract_model(
             )
         named[name] = weights.abstract_from_meta(meta)
     return with_parameters(spec, named)
+
+
+def retyped(named: Mapping[str, Any], dtype: Any) -> dict[str, Any]:
+    """Plain float parameters in `dtype`, the rest as it is.
+
+    Router state and thresholds of rules keep theirs: a bias that moves by 1e-3 would not survive
+    bfloat16.
+    """
+
+    def retype(name: str, weight: Any) -> Any:
+        plain = isinstance(weight, jax.Array | np.ndarray | jax.ShapeDtypeStruct)
+        if dtype is None or not plain or ".selector." in name or ".rules." in name:
+            return weight
+        if not jnp.issubdtype(weight.dtype, jnp.floating):
+            return weight
+        if isinstance(weight, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(weight.shape, dtype)
+        return weight.astype(dtype)
+
+    return {name: retype(name, weight) for name, weight in named.items()}
 
 
 def _abstract_parts(spec: ModelSpec) -> tuple[DecoderLM, list[Block]]:
@@ -105,11 +126,3 @@ def _check_names(wanted: set[str], given: set[str]) -> None:
             f"{len(extra)} parameters are left over, first {extra[0]!r}.",
             "The spec has no place for them; were they saved with another spec?",
         )
-
-
-def _retyped(value: Any, dtype: Any) -> Any:
-    if isinstance(value, jax.ShapeDtypeStruct) and jax.numpy.issubdtype(
-        value.dtype, jax.numpy.floating
-    ):
-        return jax.ShapeDtypeStruct(value.shape, dtype)
-    return value

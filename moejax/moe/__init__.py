@@ -19,13 +19,23 @@ from moejax.moe.router import (
     TopK,
 )
 
+# Rules on a routing
+from moejax.moe.rules import (
+    AttentionImportance,
+    Importance,
+    Protection,
+    RandomImportance,
+    RoutingRule,
+    SkipSmallGates,
+)
+
 # Dispatch
 from moejax.moe.dispatch import Capacity, Dense, Dispatch, Dropless, Plan
 
 # Experts and the layer
 from moejax.moe.activations import GELU, Activation, ReLU, SiLU
 from moejax.moe.experts import GatedExperts, GatedFFN, draw
-from moejax.moe.layer import Fixed, MoELayer, MoESpec, SlotSpec
+from moejax.moe.layer import Fixed, MoELayer, MoESpec, SlotSpec, rule_tables
 
 # Losses
 from moejax.moe.losses import (
@@ -39,6 +49,7 @@ from moejax.moe.losses import (
 __all__ = [
     "GELU",
     "Activation",
+    "AttentionImportance",
     "BiasedTopK",
     "Capacity",
     "ChosenSoftmaxGates",
@@ -49,11 +60,14 @@ __all__ = [
     "GatedExperts",
     "GatedFFN",
     "Gates",
+    "Importance",
     "LinearScores",
     "MoELayer",
     "MoESpec",
     "Plan",
     "PooledLoadBalance",
+    "Protection",
+    "RandomImportance",
     "ReLU",
     "Router",
     "RouterContext",
@@ -62,10 +76,12 @@ __all__ = [
     "RouterState",
     "RouterZLoss",
     "Routing",
+    "RoutingRule",
     "Scores",
     "Selector",
     "SiLU",
     "SigmoidGates",
+    "SkipSmallGates",
     "SlotMap",
     "SlotSpec",
     "SoftmaxGates",
@@ -73,4 +89,5 @@ __all__ = [
     "TopK",
     "TopKLoadBalance",
     "draw",
+    "rule_tables",
 ]

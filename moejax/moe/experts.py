@@ -59,9 +59,17 @@ class GatedFFN(nnx.Module):
         self.down = nnx.Param(draw(rngs, (hidden, width), scale))
 
     def __call__(self, x_TxD: Array) -> Array:
+        return self.project(self.hidden(x_TxD))
+
+    def hidden(self, x_TxD: Array) -> Array:
+        """hidden_TxF, what the down projection sees."""
         gate_TxF = weights.matmul(x_TxD, compat.read(self.gate))
         up_TxF = weights.matmul(x_TxD, compat.read(self.up))
-        return weights.matmul(self.activation(gate_TxF) * up_TxF, compat.read(self.down))
+        return self.activation(gate_TxF) * up_TxF
+
+    def project(self, hidden_TxF: Array) -> Array:
+        """y_TxD of the hidden activation."""
+        return weights.matmul(hidden_TxF, compat.read(self.down))
 
 
 def draw(rngs: nnx.Rngs, shape: tuple[int, ...], scale: float) -> Array:

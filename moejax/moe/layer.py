@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
@@ -9,14 +11,15 @@ from jax import Array
 from moejax.core import Taps, check_that, compat, spec, taps
 from moejax.core.taps import Request
 from moejax.moe.activations import Activation, SiLU
-from moejax.moe.dispatch import Dispatch, Dropless
+from moejax.moe.dispatch import Dense, Dispatch, Dropless
 from moejax.moe.experts import GatedExperts, GatedFFN
 from moejax.moe.router import Router, RouterSpec
 from moejax.moe.routing import RouterContext, Routing, SlotMap
+from moejax.moe.rules import RoutingRule
 
 
 class Fixed(nnx.Variable):
-    """A table that is part of the model and never trains, such as a slot map."""
+    """A table that is part of the model and never trains: a slot map, a rule's thresholds."""
 
 
 @spec
@@ -37,6 +40,7 @@ class MoESpec:
 
     shared_width: hidden width of all always-on shared experts (arXiv:2401.06066), 0 for none.
     slots: set where stored experts differ from router experts (merged, replicated, reordered).
+    rules: what is done to the routing before the dispatch, in order.
     """
 
     experts: int
@@ -46,6 +50,7 @@ class MoESpec:
     activation: Activation = SiLU()
     shared_width: int = 0
     slots: SlotSpec | None = None
+    rules: tuple[RoutingRule, ...] = ()
 
     def check(self) -> None:
         check_that(self.experts >= 1, self, "experts", "A MoE layer needs at least one expert.")
@@ -79,11 +84,15 @@ class MoELayer(nnx.Module):
             else None
         )
         self.slots = _spread_slots(spec.slots, spec.experts) if spec.slots else None
+        self.rules = nnx.List([rule_tables(rule.init()) for rule in spec.rules])
 
     def __call__(
         self, x_TxD: Array, context: RouterContext, request: Request
     ) -> tuple[Array, Routing, Taps]:
         routing = self.router(x_TxD, context)
+        for rule, held in zip(self.spec.rules, self.rules, strict=True):
+            tables = {name: compat.read(variable) for name, variable in held.items()}
+            routing = rule(tables, routing, x_TxD, context)
         expert_A = routing.expert_A
         if self.slots is not None:
             slots = SlotMap(*(compat.read(self.slots[name]) for name in ("slot", "copies")))
@@ -92,8 +101,27 @@ class MoELayer(nnx.Module):
         rows_RxD, found = self.experts(plan.scatter(x_TxD), plan.group_sizes_E, request)
         y_TxD = plan.gather(rows_RxD)
         if self.shared is not None:
-            y_TxD = y_TxD + self.shared(x_TxD)
+            hidden_TxF = self.shared.hidden(x_TxD)
+            y_TxD = y_TxD + self.shared.project(hidden_TxF)
+            found = found.merged(taps.collect(request, shared_hidden=hidden_TxF))
+        if not request.isdisjoint({taps.ALL_HIDDEN, taps.ALL_OUTPUT}):
+            found = found.merged(self._on_all(x_TxD, routing, request))
         return y_TxD, routing, found.merged(taps.collect(request, routing=routing, dispatch=plan))
+
+    def _on_all(self, x_TxD: Array, routing: Routing, request: Request) -> Taps:
+        """Hidden and output of every stored expert on every token."""
+        E, T = self.spec.stored, x_TxD.shape[0]
+        plan = Dense().plan(routing, jnp.zeros_like(routing.expert_A), E)
+        inner = frozenset({taps.EXPERT_HIDDEN, taps.EXPERT_OUTPUT})
+        _, found = self.experts(plan.scatter(x_TxD), plan.group_sizes_E, inner)
+        hidden_ExTxF = found[taps.EXPERT_HIDDEN].reshape(E, T, -1)
+        output_ExTxD = found[taps.EXPERT_OUTPUT].reshape(E, T, -1)
+        return taps.collect(request, all_hidden=hidden_ExTxF, all_output=output_ExTxD)
+
+
+def rule_tables(tables: dict[str, Any]) -> nnx.Dict:
+    """A rule's tables as a layer holds them."""
+    return nnx.Dict({name: Fixed(value) for name, value in tables.items()})
 
 
 def _spread_slots(slots: SlotSpec, experts: int) -> nnx.Dict:

@@ -58,13 +58,17 @@ class RouterContext:
     """What a router may look at besides the token itself; every field may be absent.
 
     mask_T: False marks padding, which is routed nowhere. token_ids_T: vocabulary ids, for hash
-    routing. key: random key of this step and layer. train: the phase.
+    routing. key: random key of this step and layer. attention_T: float32, the mean attention that
+    later tokens pay to each token, where a rule asks for it and tokens come as whole texts.
+    train: the phase. sequences: B; the T tokens are B sequences of equal length, one by one.
     """
 
     mask_T: Array | None = None
     token_ids_T: Array | None = None
     key: Array | None = None
+    attention_T: Array | None = None
     train: bool = dataclasses.field(default=False, metadata=STATIC)
+    sequences: int = dataclasses.field(default=1, metadata=STATIC)
 
 
 @jax.tree_util.register_dataclass

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moejax.core.errors import DataError
-from moejax.data import heldout_text, heldout_windows, shipped_tokenizer, windows
+from moejax.data import windows
 
 
 @given(count=st.integers(0, 60), length=st.integers(1, 9), batch=st.integers(1, 4))
@@ -33,17 +33,3 @@ def test_windows_that_hold_nothing_are_refused():
     """Catches an endless loop or an empty evaluation that reports perplexity 1."""
     with pytest.raises(DataError, match="length 0"):
         next(windows(np.arange(5), 0, 2))
-
-
-def test_held_out_windows_cover_the_text_whose_bytes_they_name(texts_corpus):
-    """Catches bits per byte over other bytes than the compressor's, and documents that run on."""
-    corpus = texts_corpus({"a": ["one", "two é"], "b": ["three"]}, split="heldout")
-    tokenizer = shipped_tokenizer()
-    batches, group_bytes = heldout_windows(corpus, tokenizer, length=4, batch=2, byte_count=6)
-    assert group_bytes == {g: len(heldout_text(corpus, g, 6).encode()) for g in ("a", "b")}
-    batches, group_bytes = heldout_windows(
-        corpus, tokenizer, length=4, batch=2, byte_count=11, groups=["a"]
-    )
-    targets = np.concatenate([b.targets_BxS[b.mask_BxS] for b in batches])
-    assert tokenizer.decode(targets) == "one<|endoftext|>two é<|endoftext|>"
-    assert group_bytes == {"a": 11} and {b.group for b in batches} == {"a"}
