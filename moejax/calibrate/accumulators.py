@@ -1,13 +1,14 @@
-"""Accumulators: statistics of a layer that grow batch by batch from what the layer taps.
+"""What an accumulator is: a statistic of a layer that grows batch by batch from what it taps.
 
 `init` gives the empty state of one layer, `update` folds one batch in, `merge` joins the states of
 two streams, `finalize` turns a state into an array on the host. All but the last are pure and may
-run inside jit; an accumulator is a spec, static there, and says which taps it needs.
+run inside jit; an accumulator is a spec, static there, and says which taps it needs. States are
+sums and sorted samples, so that batches may come in any order and from any number of devices.
 """
 
 from __future__ import annotations
 
-import abc
+import dataclasses
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -15,10 +16,24 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from moejax.core import Taps, spec, taps
+from moejax.core import Taps, spec
 from moejax.core.taps import Request
 from moejax.models import LayerSpec, ModelSpec
-from moejax.moe import MoESpec, Routing
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+    """Which tokens a batch holds.
+
+    mask_T: bool, False at padding. index_T: int32, the number of the token among the valid ones of
+    the whole text, whatever the batch size; -1 at padding. group: uint32 scalar, crc32 of the name
+    of the group that the batch is of.
+    """
+
+    mask_T: Array
+    index_T: Array
+    group: Array
 
 
 @runtime_checkable
@@ -35,8 +50,8 @@ class Accumulator(Protocol):
         """The empty state of a layer, a pytree of arrays; None where it says nothing."""
         ...
 
-    def update(self, state: Any, found: Taps, mask_T: Array) -> Any:
-        """The state with one batch more; mask_T is False at padding."""
+    def update(self, state: Any, found: Taps, tokens: Tokens) -> Any:
+        """The state with one batch more, in place inside jit where the state is donated."""
         ...
 
     def merge(self, a: Any, b: Any) -> Any:
@@ -44,67 +59,34 @@ class Accumulator(Protocol):
         ...
 
     def finalize(self, state: Any) -> np.ndarray:
-        """The statistic."""
+        """The statistic, finite also where nothing was seen."""
         ...
 
 
-class _PerExpert(abc.ABC):
-    """What one number per router expert shares: a state [E] of sums."""
+class Sums:
+    """What accumulators share whose state is a pytree of sums."""
 
-    dtype: Any
-    request: Request = frozenset({taps.ROUTING})
-
-    @abc.abstractmethod
-    def of_batch(self, routing: Routing, mask_T: Array) -> Array:
-        """[E] of one batch alone."""
-
-    def init(self, layer: LayerSpec, model: ModelSpec) -> Array | None:
-        return jnp.zeros(layer.ffn.experts, self.dtype) if isinstance(layer.ffn, MoESpec) else None
-
-    def update(self, state: Array, found: Taps, mask_T: Array) -> Array:
-        return self.merge(state, self.of_batch(found[taps.ROUTING], mask_T).astype(self.dtype))
-
-    def merge(self, a: Array, b: Array) -> Array:
+    def merge(self, a: Any, b: Any) -> Any:
         return jax.tree.map(jnp.add, a, b)
 
 
+def mean(total: Array, count: Array) -> np.ndarray:
+    """total / count in float64, 0 where nothing was counted."""
+    return np.asarray(total, np.float64) / max(float(count), 1.0)
+
+
 @spec
-class ExpertCounts(_PerExpert):
-    """n_e, valid assignments per router expert: int64 [E]; exact below 2^31 per expert."""
+class TokenCount(Sums):
+    """Valid tokens that the layer saw: int64 scalar."""
 
-    name = "expert_counts"
-    dtype = jnp.int32
+    name = "token_count"
+    request = frozenset()
 
-    def of_batch(self, routing: Routing, mask_T: Array) -> Array:
-        return routing.counts_E()
+    def init(self, layer: LayerSpec, model: ModelSpec) -> Array:
+        return jnp.zeros((), jnp.int32)
+
+    def update(self, state: Array, found: Taps, tokens: Tokens) -> Array:
+        return state + tokens.mask_T.sum(dtype=jnp.int32)
 
     def finalize(self, state: Array) -> np.ndarray:
         return np.asarray(state, np.int64)
-
-
-@spec
-class GateMass(_PerExpert):
-    """Sum of the gate weights that each router expert received: float64 [E]."""
-
-    name = "gate_mass"
-    dtype = jnp.float32
-
-    def of_batch(self, routing: Routing, mask_T: Array) -> Array:
-        return routing.gate_mass_E()
-
-    def finalize(self, state: Array) -> np.ndarray:
-        return np.asarray(state, np.float64)
-
-
-@spec
-class SoftCounts(_PerExpert):
-    """Sum over tokens of the router's probability of each expert, chosen or not: float64 [E]."""
-
-    name = "soft_counts"
-    dtype = jnp.float32
-
-    def of_batch(self, routing: Routing, mask_T: Array) -> Array:
-        return jnp.sum(jnp.where(mask_T[:, None], routing.probabilities_TxE, 0), axis=0)
-
-    def finalize(self, state: Array) -> np.ndarray:
-        return np.asarray(state, np.float64)
