@@ -1,43 +1,106 @@
 """Compression: passes that change formats and specs of a model, and the drivers that run them."""
 
 # What a pass is
-from moejax.compress.passes import LayerEdit, MatrixEdit, OutsidePass, Pass, Quantizer
+from moejax.compress.passes import LayerEdit, MatrixEdit, OutsidePass, Pass
 
 # Passes
+from moejax.compress.channel_patch import (
+    BySensitivity,
+    ChannelPatch,
+    ChannelSelection,
+    RandomChannels,
+)
+from moejax.compress.dynamic_skip import DynamicSkip
 from moejax.compress.expert_drop import ExpertDrop
-from moejax.compress.round_to_nearest import FullPrecision, RoundToNearest
+from moejax.compress.mixed_precision import MixedPrecision
+from moejax.compress.quantize import Quantize
+
+# How a matrix goes onto a grid
+from moejax.compress.methods import GPTQ, FullPrecision, Method, RoundToNearest
+
+# Which expert gets which grid
+from moejax.compress.allocation import Allocation, BitBudget, RankedExperts
+from moejax.compress.allocation_damage import DamageBudget
+from moejax.compress.costs import (
+    Cost,
+    FrequencyCost,
+    MultiDomainCost,
+    PMQCost,
+    RoutedError,
+    WeightError,
+)
+from moejax.compress.solvers import (
+    Exhaustive,
+    GreedyUpgrades,
+    IntegerProgram,
+    Problem,
+    RandomAllocation,
+)
 
 # Scores of experts
 from moejax.compress.expert_scores import (
     ExpertScore,
     Frequency,
     GateMassScore,
+    KurtosisScore,
+    LeaveOneOut,
     MeanProbability,
+    OutlierScore,
     RandomScore,
+    RoutedErrorScore,
 )
 
 # Drivers
-from moejax.compress.driver import StatisticsSource, check_recipe, compress
+from moejax.compress.driver import Sequential, StatisticsSource, Step, check_recipe, compress
 
 # Bytes and bits
 from moejax.compress.accounting import Account, account, payload, touched
 
 __all__ = [
+    "GPTQ",
     "Account",
+    "Allocation",
+    "BitBudget",
+    "BySensitivity",
+    "ChannelPatch",
+    "ChannelSelection",
+    "Cost",
+    "DamageBudget",
+    "DynamicSkip",
+    "Exhaustive",
     "ExpertDrop",
     "ExpertScore",
     "Frequency",
+    "FrequencyCost",
     "FullPrecision",
     "GateMassScore",
+    "GreedyUpgrades",
+    "IntegerProgram",
+    "KurtosisScore",
     "LayerEdit",
+    "LeaveOneOut",
     "MatrixEdit",
     "MeanProbability",
+    "Method",
+    "MixedPrecision",
+    "MultiDomainCost",
+    "OutlierScore",
     "OutsidePass",
+    "PMQCost",
     "Pass",
-    "Quantizer",
+    "Problem",
+    "Quantize",
+    "RandomAllocation",
+    "RandomChannels",
     "RandomScore",
+    "RankedExperts",
     "RoundToNearest",
+    "RoutedError",
+    "RoutedErrorScore",
+    "Sequential",
     "StatisticsSource",
+    "Step",
+    "WeightError",
     "account",
     "check_recipe",
     "compress",

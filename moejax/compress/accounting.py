@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from moejax import weights
 from moejax.compress.passes import Weight
 from moejax.compress.patterns import OUTSIDE
-from moejax.models import DecoderLM, parameters
+from moejax.models import DecoderLM, parameters, retyped
 from moejax.runs import Ledger
 
 
@@ -61,17 +61,16 @@ def payload(model: DecoderLM, dtype: Any = jnp.bfloat16) -> dict[str, int]:
 
 
 def stored_bytes(weight: Weight, dtype: Any, name: str = "") -> int:
-    """Bytes of a weight: formats and router state keep their dtypes, plain floats take `dtype`."""
-    if _retyped(weight, dtype, name):
-        return math.prod(weight.shape) * jnp.dtype(dtype).itemsize
-    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(weight))
+    """Bytes of a weight once it is saved; `name` as in `models.retyped`."""
+    return sum(
+        math.prod(leaf.shape) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(_saved(weight, dtype, name))
+    )
 
 
 def stored_code_bits(weight: Weight, dtype: Any, name: str = "") -> float:
     """Bits of one weight's code once it is saved."""
-    if _retyped(weight, dtype, name):
-        return 8.0 * jnp.dtype(dtype).itemsize
-    return float(weights.code_bits(weight))
+    return float(weights.code_bits(_saved(weight, dtype, name)))
 
 
 def touched(ledger: Ledger, arm: str) -> tuple[str, ...]:
@@ -80,15 +79,10 @@ def touched(ledger: Ledger, arm: str) -> tuple[str, ...]:
     return tuple(m if layer == OUTSIDE else f"layers.{layer}.{m}" for layer, m in places)
 
 
-def _retyped(weight: Weight, dtype: Any, name: str) -> bool:
-    """Whether saving casts it, by the rule of `checkpoint.save_model`."""
-    plain = isinstance(weight, jax.Array | jax.ShapeDtypeStruct)
-    return (
-        dtype is not None
-        and plain
-        and ".selector." not in name
-        and jnp.issubdtype(weight.dtype, jnp.floating)
-    )
+def _saved(weight: Weight, dtype: Any, name: str) -> Weight:
+    """The shapes that saving writes."""
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), weight)
+    return retyped({name: shapes}, dtype)[name]
 
 
 def _is_weight(value: Any) -> bool:

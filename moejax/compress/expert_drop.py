@@ -59,17 +59,23 @@ class ExpertDrop:
             )
         return with_layers(model, blocks), tuple(names)
 
-    def needs(self) -> tuple[Accumulator, ...]:
+    def needs(self, model: ModelSpec) -> tuple[Accumulator, ...]:
         return self.score.needs()
+
+    def layer_needs(self, model: ModelSpec) -> tuple[Accumulator, ...]:
+        return ()
 
     def invalidates(self, accumulator: Accumulator) -> bool:
         """Everything: indices change, and tokens go to other experts."""
         return True
 
-    def decide(self, stats: Statistics, model: ModelSpec) -> Plan:
+    def decide(self, stats: Statistics, model: DecoderLM) -> Plan:
+        blocks = layers(model)
         return {
-            layer: self._best(layer, _kept(layer, share, model), stats.layers[layer], model)
-            for layer, share in self._shares(model).items()
+            layer: self._best(
+                layer, _kept(layer, share, model.spec), blocks[layer], stats.layers[layer]
+            )
+            for layer, share in self._shares(model.spec).items()
         }
 
     def apply_layer(
@@ -96,11 +102,9 @@ class ExpertDrop:
         check_that(0 < len(shares) == len(found), self, "fraction", fix)
         return dict(zip(found, shares, strict=True))
 
-    def _best(
-        self, layer: int, kept: int, stats: LayerStatistics, model: ModelSpec
-    ) -> tuple[int, ...]:
-        experts = _moe(model.layers[layer]).experts
-        score_E = np.asarray(self.score(layer, experts, stats), np.float64)
+    def _best(self, layer: int, kept: int, block: Block, stats: LayerStatistics) -> tuple[int, ...]:
+        experts = _moe(block.spec).experts
+        score_E = np.asarray(self.score(layer, block, stats), np.float64)
         if score_E.shape != (experts,) or np.isnan(score_E).any():
             raise SpecError(
                 f"{self.score} gives layer {layer} the scores {score_E.tolist()}.",

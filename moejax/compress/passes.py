@@ -29,6 +29,8 @@ class MatrixEdit:
     matrix: str
     expert: int | None
     relative_error: float | None = None
+    output_error: float | None = None
+    nearest_error: float | None = None
     fallback: str | None = None
     calibrated: bool = True
     lineage: tuple[str, ...] = ()
@@ -57,15 +59,19 @@ class Pass(Protocol):
         """
         ...
 
-    def needs(self) -> tuple[Accumulator, ...]:
-        """The statistics that `decide` and `apply_layer` read."""
+    def needs(self, model: ModelSpec) -> tuple[Accumulator, ...]:
+        """The statistics that `decide` reads."""
+        ...
+
+    def layer_needs(self, model: ModelSpec) -> tuple[Accumulator, ...]:
+        """The statistics that `apply_layer` reads."""
         ...
 
     def invalidates(self, accumulator: Accumulator) -> bool:
         """Whether a statistic of the model before this pass no longer holds after it."""
         ...
 
-    def decide(self, stats: Statistics, model: ModelSpec) -> Any:
+    def decide(self, stats: Statistics, model: DecoderLM) -> Any:
         """The plan for the whole model: scores, allocation, grouping."""
         ...
 
@@ -85,13 +91,6 @@ class OutsidePass(Pass, Protocol):
     ) -> tuple[dict[str, Weight], tuple[MatrixEdit, ...]]:
         """The changed ones of the weights `named`, and what was done to them."""
         ...
-
-
-@runtime_checkable
-class Quantizer(Protocol):
-    """[*lead, K, N] -> the same weight in another format; `name` is for errors. jit-able."""
-
-    def __call__(self, w: Array, name: str = "") -> Any: ...
 
 
 def require_dense(w: Weight, name: str) -> None:

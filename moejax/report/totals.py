@@ -17,6 +17,7 @@ class LedgerTotal:
     matrices: rows that belong to experts or not; experts, dropped, dead, uncalibrated: experts.
     fallbacks: matrices on which a pass could not use its own method. stored_bytes: of what is kept.
     largest_error: of a matrix of a calibrated expert, and where it is; None where not measured.
+    output_ratio: mean over calibrated matrices of the output error by that of round-to-nearest.
     """
 
     matrices: int
@@ -28,6 +29,7 @@ class LedgerTotal:
     stored_bytes: int
     largest_error: float | None
     where: str | None
+    output_ratio: float | None
 
 
 def ledger_totals(ledger: Ledger) -> dict[str, LedgerTotal]:
@@ -48,6 +50,7 @@ def ledger_table(totals: dict[str, LedgerTotal]) -> Table:
         Column("stored", "bytes of all matrices in the ledger"),
         Column("largest error", "largest relative error of a matrix of a calibrated expert"),
         Column("where", text=True),
+        Column("output error", "on calibration rows, as a share of round-to-nearest's; a mean"),
     )
     rows = [
         row(
@@ -62,6 +65,7 @@ def ledger_table(totals: dict[str, LedgerTotal]) -> Table:
                 Cell(size(total.stored_bytes), exact_bytes(total.stored_bytes)),
                 fixed(total.largest_error),
                 total.where or MISSING,
+                fixed(total.output_ratio),
             ]
         )
         for arm, total in totals.items()
@@ -83,7 +87,16 @@ def _total(rows: list[LedgerRow]) -> LedgerTotal:
         stored_bytes=sum(r.stored_bytes or 0 for r in kept),
         largest_error=None if worst is None else worst.relative_error,
         where=None if worst is None else _place(worst),
+        output_ratio=_mean([r.output_error / r.nearest_error for r in measured if _compared(r)]),  # type: ignore[operator]
     )
+
+
+def _compared(found: LedgerRow) -> bool:
+    return found.output_error is not None and bool(found.nearest_error)
+
+
+def _mean(values: list[float]) -> float | None:
+    return sum(values) / len(values) if values else None
 
 
 def _experts(rows: Iterable[LedgerRow]) -> int:

@@ -96,17 +96,6 @@ class RunFolder:
         finally:
             release(self.path)
 
-    def log(self, text: str) -> None:
-        """Appends a line with the time to log.txt."""
-        try:
-            with self.log_path.open("a", encoding="utf-8") as file:
-                file.write(f"{_now()} {text}\n")
-        except OSError as error:
-            raise RunError(
-                f"{self.log_path} cannot be written: {error.strerror or error}.",
-                "Free space, then run the same command again.",
-            ) from error
-
     def __enter__(self) -> RunFolder:
         return self
 

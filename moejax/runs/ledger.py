@@ -22,7 +22,9 @@ class LedgerRow:
         layers, expert None where the matrix belongs to no expert.
     tokens, gate_mass: calibration tokens routed to the expert and the sum of their gate weights.
     code_bits: bits per code; stored_bytes: codes, scales and zeros on disk.
-    relative_error: |W_new - W|_F / |W|_F, or the pass's own output error; None where not measured.
+    relative_error: |W_new - W|_F / |W|_F; None where not measured.
+    output_error: |X (W_new - W)|_F / |X W|_F over the calibration rows X that the matrix saw;
+        nearest_error: the same if every weight had gone to the nearest point of its grid.
     fallback: what was done instead of the pass's own method, None where it was followed.
     dead: no token reached the expert. calibrated: enough tokens reached it for its statistics.
     lineage: what became of it, oldest first ("dropped", "merged into 3"); an expert whose lineage
@@ -39,6 +41,8 @@ class LedgerRow:
     code_bits: float | None = None
     stored_bytes: int | None = None
     relative_error: float | None = None
+    output_error: float | None = None
+    nearest_error: float | None = None
     fallback: str | None = None
     dead: bool = False
     calibrated: bool = True

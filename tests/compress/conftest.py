@@ -6,15 +6,15 @@ import jax
 import numpy as np
 import pytest
 
-from moejax.calibrate import collect
-from moejax.compress import ExpertDrop, Frequency, RoundToNearest, compress
+from moejax.calibrate import Calibration
+from moejax.compress import ExpertDrop, Frequency, Quantize, compress
 from moejax.models import parameters
 from moejax.runs import Ledger
 from moejax.weights import SymmetricGrid
 from tests.evaluate.conftest import cut, make_model, make_tokens, run
 
 EXPERTS, MATRICES, LAYERS = 6, 3, 2
-FOUR_BITS = RoundToNearest(grid=SymmetricGrid(bits=4, group=None))
+FOUR_BITS = Quantize(grid=SymmetricGrid(bits=4, group=None))
 HALF = ExpertDrop(fraction=0.5, score=Frequency())
 
 
@@ -22,11 +22,14 @@ class Source:
     """Statistics of a model on the text; `asked` holds the names of every call."""
 
     def __init__(self, text):
-        self.text, self.asked = text, []
+        self.calibration, self.asked = Calibration(text), []
 
     def __call__(self, model, accumulators):
         self.asked.append({a.name for a in accumulators})
-        return collect(model, self.text, accumulators)
+        return self.calibration(model, accumulators)
+
+    def stream(self, model):
+        return self.calibration.stream(model)
 
 
 @pytest.fixture(scope="session")

@@ -5,18 +5,18 @@ import numpy as np
 import pytest
 
 from moejax.checkpoint import load_model, payload_bytes, save_model, stored_bytes
-from moejax.compress import ExpertDrop, Frequency, RoundToNearest, account, payload, touched
+from moejax.compress import ExpertDrop, Frequency, Quantize, account, payload, touched
 from moejax.models import abstract_model, parameters
 from moejax.weights import AsymmetricGrid, Log2Grid, SymmetricGrid
 from tests.compress.conftest import assert_same_weights
 
-THREE_BITS = RoundToNearest(grid=SymmetricGrid(bits=3, group=32))
+THREE_BITS = Quantize(grid=SymmetricGrid(bits=3, group=32))
 RECIPES = [
     (),
     (
         ExpertDrop(fraction=(0.0, 0.5), score=Frequency()),
-        RoundToNearest(grid=AsymmetricGrid(bits=2, group=16)),
-        RoundToNearest(
+        Quantize(grid=AsymmetricGrid(bits=2, group=16)),
+        Quantize(
             grid=Log2Grid(bits=4, group=None, candidates=1), parameters="layers.0.attention.q"
         ),
     ),
@@ -54,7 +54,7 @@ def test_bits_are_those_of_codes_and_of_all(model, applied):
 
 def test_mean_bits_weigh_matrices_by_their_size(applied):
     """Catches the mean over names."""
-    query = RoundToNearest(grid=SymmetricGrid(bits=8, group=None), parameters="*.attention.q")
+    query = Quantize(grid=SymmetricGrid(bits=8, group=None), parameters="*.attention.q")
     after, ledger = applied(THREE_BITS, query)
     experts, attention = 3 * 6 * 32 * 32, 32 * 32
     wanted = (3 * experts + 8 * attention) / (experts + attention)

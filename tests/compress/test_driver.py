@@ -39,14 +39,17 @@ class Look:
     def outline(self, model):
         return model, ()
 
-    def needs(self):
+    def needs(self, model):
         return (SoftCounts(),)
+
+    def layer_needs(self, model):
+        return ()
 
     def invalidates(self, accumulator):
         return False
 
     def decide(self, stats, model):
-        return [stats.of(i, SoftCounts()) for i in model.moe_layers]
+        return [stats.of(i, SoftCounts()) for i in model.spec.moe_layers]
 
     def apply_layer(self, index, block, plan, stats, key):
         return LayerEdit(block)
@@ -59,7 +62,10 @@ class Reverse:
     def outline(self, model):
         return model, ()
 
-    def needs(self):
+    def needs(self, model):
+        return ()
+
+    def layer_needs(self, model):
         return ()
 
     def invalidates(self, accumulator):

@@ -12,7 +12,6 @@ from moejax.compress import (
     Frequency,
     GateMassScore,
     MeanProbability,
-    RandomScore,
     check_recipe,
 )
 from moejax.core import SpecError, spec
@@ -45,7 +44,7 @@ class Rarity:
     def needs(self):
         return (ExpertCounts(),)
 
-    def __call__(self, layer, experts, stats):
+    def __call__(self, layer, block, stats):
         return -stats["expert_counts"]
 
 
@@ -138,17 +137,7 @@ def test_layers_may_lose_different_shares(applied):
     assert {row.layer for row in ledger if row.dropped} == {1}
 
 
-def test_random_scores_are_a_seed_and_a_layer():
-    """Catches a control that changes from run to run, or drops the same experts everywhere."""
-
-    def order(seed, layer):
-        return tuple(RandomScore(seed=seed)(layer, 16, {}))
-
-    assert order(0, 0) == order(0, 0)
-    assert len({order(seed, layer) for seed in (0, 1) for layer in (0, 1)}) == 4
-
-
-def test_equal_scores_keep_the_lower_index():
+def test_equal_scores_keep_the_lower_index(model):
     """Catches an order of equals left to a sort that is not stable."""
 
     @spec
@@ -156,13 +145,13 @@ def test_equal_scores_keep_the_lower_index():
         def needs(self):
             return ()
 
-        def __call__(self, layer, experts, stats):
-            return np.zeros(experts)
+        def __call__(self, layer, block, stats):
+            return np.zeros(EXPERTS)
 
     class Nothing:
         layers = ({}, {})
 
-    plan = ExpertDrop(fraction=0.5, score=Equal()).decide(Nothing(), make_spec())
+    plan = ExpertDrop(fraction=0.5, score=Equal()).decide(Nothing(), model)
     assert plan == {0: (0, 1, 2), 1: (0, 1, 2)}
 
 
@@ -217,8 +206,8 @@ def test_what_cannot_be_dropped_is_refused(applied):
         def needs(self):
             return ()
 
-        def __call__(self, layer, experts, stats):
-            return np.full(experts, np.nan)
+        def __call__(self, layer, block, stats):
+            return np.full(EXPERTS, np.nan)
 
     with pytest.raises(SpecError, match="Broken"):
         applied(ExpertDrop(fraction=0.5, score=Broken()))

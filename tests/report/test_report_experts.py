@@ -90,6 +90,22 @@ def test_totals_count_experts_once_and_leave_unknown_errors_out(ledger):
     assert (total.dropped, total.dead, total.uncalibrated, total.fallbacks) == (1, 1, 2, 2)
     assert total.stored_bytes == 5 * 600 + 50
     assert (total.largest_error, total.where) == (0.4, "layer 5, expert 0, up")
+    assert total.output_ratio is None
+
+
+def test_output_errors_are_shares_of_those_of_rounding():
+    """Catches a ratio of means, which large matrices rule, and experts whose statistics are few."""
+    compared = [
+        LedgerRow("a", "p", 0, e, "up", tokens=9, relative_error=0.1, **errors)
+        for e, errors in enumerate(
+            [
+                {"output_error": 0.1, "nearest_error": 0.2},
+                {"output_error": 3.0, "nearest_error": 4.0},
+                {"output_error": 9.0, "nearest_error": 1.0, "calibrated": False},
+            ]
+        )
+    ]
+    assert ledger_totals(Ledger(compared))["a"].output_ratio == pytest.approx((0.5 + 0.75) / 2)
 
 
 def test_mutual_information_knows_its_ends():

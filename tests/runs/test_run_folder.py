@@ -160,15 +160,3 @@ def test_open_refuses_what_is_no_run(tmp_path):
     (tmp_path / "run.json").write_text("[1]")
     with pytest.raises(RunError, match="not of a run"):
         RunFolder.open(tmp_path)
-
-
-def test_the_log_keeps_lines_of_an_earlier_start(tmp_path):
-    """Catches a log that a resume truncates."""
-    for text in ("first", "second"):
-        run = RunFolder.create(tmp_path, "train", CONFIG, COMMAND)
-        run.log(text)
-        run.finish()
-    assert [line.split(" ", 1)[1] for line in run.log_path.read_text().splitlines()] == [
-        "first",
-        "second",
-    ]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from moejax import weights
-from moejax.compress import FullPrecision, RoundToNearest, check_recipe
+from moejax.compress import FullPrecision, Quantize, check_recipe
 from moejax.core import SpecError
 from moejax.models import abstract_model, parameters
 from moejax.weights import SymmetricGrid
@@ -56,7 +56,7 @@ def test_more_bits_err_less(applied):
     """Catches a grid that nothing reads."""
     means = []
     for bits in (2, 4):
-        _, ledger = applied(RoundToNearest(grid=SymmetricGrid(bits=bits, group=None)))
+        _, ledger = applied(Quantize(grid=SymmetricGrid(bits=bits, group=None)))
         assert {row.code_bits for row in ledger} == {bits}
         means.append(np.mean([row.relative_error for row in ledger]))
     assert means[0] > 4 * means[1] > 0
@@ -64,7 +64,7 @@ def test_more_bits_err_less(applied):
 
 def test_at_full_precision_nothing_changes(model, applied, text):
     """Catches a pass that casts, reorders or regroups what it should leave alone."""
-    after, ledger = applied(RoundToNearest(grid=FullPrecision()))
+    after, ledger = applied(Quantize(grid=FullPrecision()))
     np.testing.assert_array_equal(logits(after, text), logits(model, text))
     assert_same_weights(after, model)
     assert len(ledger) == LAYERS * EXPERTS * MATRICES
@@ -73,7 +73,7 @@ def test_at_full_precision_nothing_changes(model, applied, text):
 
 def test_a_star_does_not_mean_what_is_guarded(applied):
     """Catches `*` that quantizes routers, embeddings or norms."""
-    after, ledger = applied(RoundToNearest(grid=GRID, parameters="*"))
+    after, ledger = applied(Quantize(grid=GRID, parameters="*"))
     changed = {name for name, w in parameters(after).items() if isinstance(w, weights.Packed)}
     parts = ("attention.k", "attention.o", "attention.q", "attention.v")
     experts = ("moe.experts.down", "moe.experts.gate", "moe.experts.up")
@@ -85,11 +85,11 @@ def test_a_star_does_not_mean_what_is_guarded(applied):
 
 def test_what_is_named_outside_of_experts_is_quantized(model, applied, text):
     """Catches weights outside the layers that are matched and then forgotten."""
-    after, ledger = applied(RoundToNearest(grid=GRID, parameters="embed"))
+    after, ledger = applied(Quantize(grid=GRID, parameters="embed"))
     assert isinstance(parameters(after)["embed"], weights.Packed)
     assert [(r.layer, r.expert, r.matrix) for r in ledger] == [(-1, None, "embed")]
     assert np.abs(logits(after, text) - logits(model, text)).max() > 0.01
-    after, _ = applied(RoundToNearest(grid=GRID, parameters="layers.1.moe.router*"))
+    after, _ = applied(Quantize(grid=GRID, parameters="layers.1.moe.router*"))
     named = parameters(after)
     assert isinstance(named["layers.1.moe.router.scores.kernel"], weights.Packed)
     assert not isinstance(named["layers.0.moe.router.scores.kernel"], weights.Packed)
@@ -108,7 +108,7 @@ def test_what_is_named_outside_of_experts_is_quantized(model, applied, text):
 def test_a_glob_that_is_wrong_is_refused_before_any_work(model, source, glob, wanted):
     """Catches a typing error that leaves a model as it is, or ends a run after its calibration."""
     with pytest.raises(SpecError) as caught:
-        apply(model, [FOUR_BITS, RoundToNearest(grid=GRID, parameters=glob)], source)
+        apply(model, [FOUR_BITS, Quantize(grid=GRID, parameters=glob)], source)
     assert wanted in str(caught.value)
     assert glob in str(caught.value)
     assert not source.asked
@@ -117,11 +117,11 @@ def test_a_glob_that_is_wrong_is_refused_before_any_work(model, source, glob, wa
 def test_a_grid_that_does_not_fit_is_refused_before_any_work(model):
     """Catches groups that are found not to divide a matrix after the calibration."""
     with pytest.raises(SpecError, match=r"layers\.0\.moe\.experts"):
-        check_recipe([RoundToNearest(grid=SymmetricGrid(bits=4, group=24))], model)
+        check_recipe([Quantize(grid=SymmetricGrid(bits=4, group=24))], model)
     narrow, grid = abstract_model(make_spec(width=24)), SymmetricGrid(bits=3, group=8)
-    check_recipe([RoundToNearest(grid=grid, parameters="*.down")], narrow)
+    check_recipe([Quantize(grid=grid, parameters="*.down")], narrow)
     with pytest.raises(SpecError, match=r"layers\.0\.moe\.experts\.gate"):
-        check_recipe([RoundToNearest(grid=grid)], narrow)
+        check_recipe([Quantize(grid=grid)], narrow)
 
 
 def test_a_matrix_is_quantized_once(model, source):
