@@ -5,7 +5,7 @@ BIN := .venv/bin
 RUN := $(BIN)/python -m moejax
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: setup quickstart report test slow lint bench systems clean
+.PHONY: setup quickstart report report-calibrated test slow lint bench systems clean
 
 setup: .venv/installed-$(EXTRAS)
 
@@ -23,6 +23,10 @@ report: setup
 	rm -rf runs/report
 	$(RUN) run report --out runs/report
 
+report-calibrated: setup
+	rm -rf runs/report_calibrated
+	$(RUN) run report_calibrated --out runs/report_calibrated
+
 test: setup
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
@@ -37,6 +41,7 @@ lint:
 
 bench: setup
 	$(BIN)/python -m moejax_kernels.grouped_matmul.bench
+	$(BIN)/python -m moejax.weights.bench
 
 systems: setup
 	$(BIN)/python -m pytest -n 2 --dist loadgroup tests/systems -m ""

@@ -6,14 +6,14 @@ import math
 from typing import Protocol, runtime_checkable
 
 from moejax.core import ConfigError, spec
-from moejax.runs import ArmResult, StudyResult, Verdict
+from moejax.runs import ArmResult, Ledger, StudyResult, Verdict
 
 
 @runtime_checkable
 class Expectation(Protocol):
-    """A claim on a finished study."""
+    """A claim on a finished study and the ledger of its passes."""
 
-    def __call__(self, study: StudyResult) -> Verdict: ...
+    def __call__(self, study: StudyResult, ledger: Ledger) -> Verdict: ...
 
 
 @spec
@@ -24,8 +24,8 @@ class PerplexityChange:
     at_least: float = -math.inf
     at_most: float = math.inf
 
-    def __call__(self, study: StudyResult) -> Verdict:
-        average = _arm(study, self.arm).average
+    def __call__(self, study: StudyResult, ledger: Ledger) -> Verdict:
+        average = arm_of(study, self.arm).average
         if average.delta_nll is None:
             raise ConfigError(f"the arm {self.arm!r} has no base.", "Expect changes of other arms.")
         change = 100 * math.expm1(average.delta_nll)
@@ -47,8 +47,8 @@ class BitsPerByteAgainst:
     ratio: float
     compressor: str = "xz -9e"
 
-    def __call__(self, study: StudyResult) -> Verdict:
-        ours = _domain(_arm(study, self.arm), self.group)
+    def __call__(self, study: StudyResult, ledger: Ledger) -> Verdict:
+        ours = _domain(arm_of(study, self.arm), self.group)
         theirs = study.baselines.get(self.compressor, {}).get(self.group)
         if theirs is None:
             raise ConfigError(
@@ -69,8 +69,8 @@ class MeanBitsPerByte:
     arm: str
     at_most: float
 
-    def __call__(self, study: StudyResult) -> Verdict:
-        domains = _arm(study, self.arm).domains
+    def __call__(self, study: StudyResult, ledger: Ledger) -> Verdict:
+        domains = arm_of(study, self.arm).domains
         mean = sum(d.bits_per_byte for d in domains) / len(domains)
         return Verdict(
             name=f"{self.arm}: mean bits per byte of the groups at most {self.at_most:g}",
@@ -86,8 +86,8 @@ class Better:
     arm: str
     than: str
 
-    def __call__(self, study: StudyResult) -> Verdict:
-        other = _arm(study, self.than)
+    def __call__(self, study: StudyResult, ledger: Ledger) -> Verdict:
+        other = arm_of(study, self.than)
         if other.base != self.arm:
             raise ConfigError(
                 f"the arm {self.than!r} is compared with {other.base!r}, not {self.arm!r}.",
@@ -108,7 +108,7 @@ class NoDeadExpert:
 
     arm: str
 
-    def __call__(self, study: StudyResult) -> Verdict:
+    def __call__(self, study: StudyResult, ledger: Ledger) -> Verdict:
         if self.arm != study.arms[0].name:
             raise ConfigError(
                 f"the routing of {self.arm!r} was not recorded.",
@@ -125,7 +125,8 @@ class NoDeadExpert:
         )
 
 
-def _arm(study: StudyResult, name: str) -> ArmResult:
+def arm_of(study: StudyResult, name: str) -> ArmResult:
+    """An arm by name; ConfigError where the study has none."""
     try:
         return study.arm(name)
     except KeyError as error:

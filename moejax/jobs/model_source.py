@@ -7,10 +7,10 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from moejax.checkpoint import Manifest, load_model, read_manifest, retyped
+from moejax.checkpoint import Manifest, load_model, read_manifest
 from moejax.core import CheckpointError, spec
 from moejax.files import find_resource
-from moejax.models import DecoderLM, parameters, with_parameters
+from moejax.models import DecoderLM, parameters, retyped, with_parameters
 
 
 @spec

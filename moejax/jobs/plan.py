@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moejax.checkpoint import payload_bytes
-from moejax.compress import Pass, payload
+from moejax.compress import Step, payload
 from moejax.jobs.model_source import SavedModel
 from moejax.models import (
     DecoderLM,
@@ -35,7 +35,7 @@ class PlannedArm(Protocol):
     def model(self) -> SavedModel: ...
 
     @property
-    def recipe(self) -> tuple[Pass, ...]: ...
+    def recipe(self) -> tuple[Step, ...]: ...
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import time
-from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from moejax.calibrate import Accumulator, Statistics, collect
+from moejax.calibrate import Calibration
 from moejax.checkpoint import payload_bytes, save_model
-from moejax.compress import Pass, account, check_recipe, compress, touched
+from moejax.compress import Step, account, check_recipe, compress, touched
 from moejax.core import ConfigError, check_that, spec
-from moejax.data import Corpus, EvalBatch
+from moejax.data import Corpus
 from moejax.evaluate import Scores, evaluate, specialisation
+from moejax.files import cache_root
 from moejax.jobs.expectations import Expectation
 from moejax.jobs.model_source import SavedModel
 from moejax.jobs.plan import Plan, plan_arms
@@ -34,7 +33,7 @@ class Arm:
 
     name: str
     model: SavedModel
-    recipe: tuple[Pass, ...] = ()
+    recipe: tuple[Step, ...] = ()
     base: str | None = None
 
 
@@ -68,9 +67,12 @@ class Study:
                 f"The arms are {', '.join(names)}.",
             )
         for expectation in self.expectations:
-            for field in ("arm", "than"):
-                known = getattr(expectation, field, names[0]) in names
-                check_that(known, expectation, field, f"The arms are {', '.join(names)}.")
+            for field in ("arm", "than", "controls"):
+                named = getattr(expectation, field, ())
+                known = {named} if isinstance(named, str) else set(named)
+                check_that(
+                    known <= set(names), expectation, field, f"The arms are {', '.join(names)}."
+                )
 
     def plan(self) -> Plan:
         return plan_arms(self.arms, self.text.window)
@@ -84,7 +86,7 @@ class Compress:
     """One recipe on one model: measured against the model it starts from, and saved as model/."""
 
     model: SavedModel
-    recipe: tuple[Pass, ...]
+    recipe: tuple[Step, ...]
     text: Text
     calibration: Text
     name: str = "compressed"
@@ -115,7 +117,7 @@ def run_study(folder: RunFolder, study: Study) -> dict[str, DecoderLM]:
     if any(arm.recipe for arm in study.arms):
         _check_apart(study.text, study.calibration)
     batches, group_bytes = study.text.batches()
-    statistics = _Calibration(study.calibration)
+    statistics = Calibration(study.calibration.batches()[0], cache=cache_root() / "statistics")
     ledger = Ledger()
     key = jax.random.key(study.seed)
     models: dict[str, DecoderLM] = {}
@@ -144,31 +146,11 @@ def run_study(folder: RunFolder, study: Study) -> dict[str, DecoderLM]:
     )
     result.save(folder.results_path)
     if study.expectations:
-        verdicts = tuple(expect(result) for expect in study.expectations)
+        verdicts = tuple(expect(result, ledger) for expect in study.expectations)
         result = dataclasses.replace(result, verdicts=verdicts)
         result.save(folder.results_path)
     print_summary(result, report=build_report(folder))
     return models
-
-
-class _Calibration:
-    """Statistics on the calibration text, collected once per model: arms share their bases."""
-
-    def __init__(self, text: Text):
-        self._text, self._known = text, {}
-
-    def __call__(self, model: DecoderLM, accumulators: Sequence[Accumulator]) -> Statistics:
-        key = (id(model), frozenset(accumulators))
-        if key not in self._known:
-            batches = self._batches
-            with progress(len(batches), "calibrate", "batches") as bar:
-                found = collect(model, batches, tuple(accumulators), progress=bar)
-            self._known[key] = (found, model)  # holding the model keeps its id its own
-        return self._known[key][0]
-
-    @functools.cached_property
-    def _batches(self) -> list[EvalBatch]:
-        return self._text.batches()[0]
 
 
 def _check_tokenizer(source: SavedModel, text: Text) -> None:
@@ -211,7 +193,7 @@ def _result(
 
 
 def describe(value: Any) -> str:
-    """A spec in one line, fields at their defaults left out: RoundToNearest(grid=...)."""
+    """A spec in one line, fields at their defaults left out: Quantize(grid=...)."""
     if not dataclasses.is_dataclass(value):
         return repr(value)
     fields = [

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from moejax.checkpoint import load_model, stored_bytes
-from moejax.compress import ExpertDrop, Frequency, RoundToNearest
+from moejax.compress import ExpertDrop, Frequency, Quantize
 from moejax.core import CheckpointError, SpecError
 from moejax.jobs.expectations import Better, MeanBitsPerByte, NoDeadExpert, PerplexityChange
 from moejax.jobs.model_source import SavedModel
@@ -28,7 +28,7 @@ def study(saved):
     return Study(
         arms=(
             Arm(name="base", model=moe),
-            Arm(name="2 bits", model=moe, recipe=(RoundToNearest(grid=grid),), base="base"),
+            Arm(name="2 bits", model=moe, recipe=(Quantize(grid=grid),), base="base"),
             Arm(
                 name="drop half",
                 model=moe,
@@ -82,7 +82,7 @@ def test_compress_saves_the_model_that_it_measured(saved, folder):
     grid = SymmetricGrid(bits=4, group=32)
     job = Compress(
         model=SavedModel(path=saved["moe"]),
-        recipe=(RoundToNearest(grid=grid),),
+        recipe=(Quantize(grid=grid),),
         text=TEXT,
         calibration=CALIBRATION,
     )
@@ -129,7 +129,7 @@ def test_a_model_that_is_not_there_is_named():
 
 def test_plan_refuses_what_the_run_would_refuse(saved):
     """Catches a plan that promises what cannot run: a pattern that names nothing."""
-    recipe = (RoundToNearest(grid=SymmetricGrid(bits=4, group=32), parameters="layers.*.mlp.*"),)
+    recipe = (Quantize(grid=SymmetricGrid(bits=4, group=32), parameters="layers.*.mlp.*"),)
     arm = Arm(name="x", model=SavedModel(path=saved["moe"]), recipe=recipe)
     with pytest.raises(SpecError, match="names no parameter"):
         Study(arms=(arm,), text=TEXT, calibration=CALIBRATION).plan()

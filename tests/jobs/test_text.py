@@ -1,0 +1,19 @@
+"""The text of a job: its windows, and the bytes that they are of."""
+
+import numpy as np
+
+from moejax.data import HeldoutSample, heldout_text, shipped_tokenizer
+from moejax.jobs.text import Text
+
+
+def test_windows_cover_the_text_whose_bytes_they_name():
+    """Catches bits per byte over other bytes than the compressor's, and documents that run on."""
+    batches, group_bytes = Text(bytes_per_group=3000, window=32, batch=4).batches()
+    corpus, tokenizer = HeldoutSample(), shipped_tokenizer()
+    for group in corpus.groups:
+        text = heldout_text(corpus, group, 3000)
+        assert group_bytes[group] == len(text.encode())
+        targets = [b.targets_BxS[b.mask_BxS] for b in batches if b.group == group]
+        ids = np.concatenate(targets)
+        assert tokenizer.decode(ids).replace("<|endoftext|>", "\n") == text
+    assert {batch.group for batch in batches} == set(corpus.groups)
