@@ -5,7 +5,7 @@ BIN := .venv/bin
 RUN := $(BIN)/python -m moejax
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: setup quickstart report report-calibrated test slow lint bench systems clean
+.PHONY: setup quickstart report report-calibrated docs test slow lint bench systems clean
 
 setup: .venv/installed-$(EXTRAS)
 
@@ -27,8 +27,20 @@ report-calibrated: setup
 	rm -rf runs/report_calibrated
 	$(RUN) run report_calibrated --out runs/report_calibrated
 
+# What docs/ shows of the longer studies, figures and ledger included.
+DOCUMENTED := report report_calibrated rare_experts
+docs: setup
+	set -e; for study in $(DOCUMENTED); do \
+	  rm -rf runs/$$study docs/$$study; $(RUN) run $$study --out runs/$$study; mkdir docs/$$study; \
+	  cd runs/$$study; \
+	  cp -r config.gin results.json ledger.jsonl report.md report.html report.json plots ../../docs/$$study; \
+	  cd ../..; done
+
 test: setup
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
+
+# These compute more than they compile: LLVM optimizes, which tests else do without.
+slow systems: export XLA_FLAGS =
 
 slow: setup
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "slow or assets or chromium"

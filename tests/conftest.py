@@ -9,7 +9,15 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 import jax
+import pytest
 
 _CACHE = Path(os.environ.get("MOEJAX_CACHE", Path.home() / ".cache" / "moejax")) / "xla-tests"
 jax.config.update("jax_compilation_cache_dir", str(_CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+def pytest_collection_modifyitems(items):
+    """The tests of a system share one run of its study, so one worker gets them all."""
+    for item in items:
+        if item.module.__name__.startswith("tests.systems."):
+            item.add_marker(pytest.mark.xdist_group(item.module.__name__))

@@ -55,7 +55,9 @@ def build_report(folder: RunFolder | Path | str) -> Path:
         add_protocol(page, study)
     _add_provenance(page, run)
     if study is not None:
-        write_atomically(run.path / "report.md", study_markdown(study, run.facts))
+        write_atomically(
+            run.path / "report.md", study_markdown(study, run.facts, page.facts.get("figures", ()))
+        )
     return page.save(run.path)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from moejax.report.arms import arms_table, groups_table
@@ -14,8 +14,13 @@ from moejax.runs import StudyResult
 HOVER = " Hover over a number for its exact value."  # pages can, Markdown cannot
 
 
-def study_markdown(study: StudyResult, facts: dict[str, Any]) -> str:
-    """Headline, tables, verdicts and protocol of a study; facts: those of its run.json."""
+def study_markdown(
+    study: StudyResult, facts: dict[str, Any], figures: Sequence[dict[str, str]] = ()
+) -> str:
+    """Headline, tables, verdicts, figures and protocol of a study.
+
+    facts: those of its run.json; figures: file, relative to the Markdown, and caption of each.
+    """
     git, versions = facts.get("git") or {}, facts.get("versions", {})
     dirty = " with changes" if git.get("dirty") else ""
     commit = git.get("commit", "not from a checkout") + dirty
@@ -32,6 +37,8 @@ def study_markdown(study: StudyResult, facts: dict[str, Any]) -> str:
     if study.verdicts:
         lines = [f"- {_held(v.held)}: {v.name}: {v.detail}" for v in study.verdicts]
         parts += ["## Expectations", "\n".join(lines)]
+    if figures:
+        parts += ["## Figures", *(f"{f['caption']}\n\n![]({f['file']})" for f in figures)]
     used = ", ".join(f"{name} {version}" for name, version in versions.items())
     rows = [(name, value) for name, value in study.protocol.items()] + [("versions", used)]
     parts += ["## Protocol", _markdown(facts_table("", rows))]

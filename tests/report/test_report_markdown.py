@@ -12,9 +12,11 @@ def test_markdown_holds_arms_verdicts_and_protocol():
     study = StudyResult(
         {"study": "Toy", "seed": 0}, (base, arm), verdicts=(Verdict("v", False, "0.9"),)
     )
-    text = study_markdown(study, {"command": ["moejax", "run", "toy"], "git": {"commit": "abc"}})
+    facts = {"command": ["moejax", "run", "toy"], "git": {"commit": "abc"}}
+    text = study_markdown(study, facts, [{"file": "plots/a.png", "caption": "Quality."}])
     assert text.startswith("# Toy\n") and "`moejax run toy`; commit: abc" in text
     assert "a \\| b" in text and "**not held**: v: 0.9" in text and "| seed | 0 |" in text
+    assert "Quality.\n\n![](plots/a.png)" in text
     widths = {
         line.count("|") - line.count("\\|") for line in text.splitlines() if "bits/code" in line
     }
