@@ -4,6 +4,7 @@ EXTRAS ?= test
 BIN := .venv/bin
 RUN := $(BIN)/python -m moejax
 export JAX_PLATFORMS ?= cpu
+export OPENBLAS_NUM_THREADS ?= 1
 
 .PHONY: setup quickstart report report-calibrated docs test slow lint bench systems clean
 

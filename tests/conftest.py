@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # its threads spin, see moejax/cli/platform.py
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 # Tests compile more than they compute: without LLVM's optimizations a step compiles twice as fast.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")

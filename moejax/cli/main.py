@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import moejax
 from moejax.cli import commands
-from moejax.cli.platform import choose_platform
+from moejax.cli.platform import choose_platform, one_blas_thread
 
 EXAMPLES = """examples:
   moejax run quickstart
@@ -40,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(words)
     options.words = ["moejax", *words]
     choose_platform(os.environ)
+    one_blas_thread(os.environ)
     try:
         options.command(options)
     except KeyboardInterrupt as stop:

@@ -141,19 +141,17 @@ class GPTQ:
     rows: which rows count, and how much; `AllTokens` calibrates rare experts on what they never
     see in use. least_tokens: rows per input of a matrix below which an expert is rounded to nearest
     instead, as one whose moments cannot be factorised at any damping is; the ledger counts both.
-    act_order, damping, block: see `weights.gptq`.
+    act_order, damping: see `weights.gptq`.
     """
 
     rows: Rows = Routed()
     least_tokens: float = 1.0
     act_order: bool = False
     damping: float = 0.01
-    block: int = 128
 
     def check(self) -> None:
         check_that(self.least_tokens >= 0, self, "least_tokens", "Use 0 to trust any expert.")
         check_that(self.damping >= 0, self, "damping", "0.01 is usual.")
-        check_that(self.block >= 1, self, "block", "128 is usual.")
 
     def needs(self, matrix: str) -> tuple[Accumulator, ...]:
         return (self._moments(matrix), ExpertCounts(), TokenCount())
@@ -191,7 +189,6 @@ class GPTQ:
             grid,
             act_order=self.act_order,
             damping=self.damping,
-            block=self.block,
             name=name,
         )
         output, nearest = _output_errors(

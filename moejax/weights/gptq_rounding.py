@@ -16,6 +16,9 @@ from moejax.weights.format import Format
 from moejax.weights.grid import Grid, Rounded, check_fits, nearest, require_finite
 
 _FLOOR = 1e-6  # of the mean diagonal; below, float32 cannot factorise what is rank-deficient
+_AT_ONCE = {
+    "cpu": 2**21
+}  # bytes of the matrices solved at once: a core's cache, else a share of HBM
 _RETRIES = 3  # each with ten times the damping
 
 
@@ -38,7 +41,7 @@ def gptq(
     *,
     act_order: bool = False,
     damping: float = 0.01,
-    block: int = 32,
+    block: int = 16,
     name: str = "",
 ) -> GPTQResult:
     """w [*lead, K, N] on the grid, so that tr((w - q)^T moments (w - q)) is small.
@@ -49,8 +52,7 @@ def gptq(
     as far as their inputs are correlated. Moments without off-diagonals give round-to-nearest.
 
     The errors of up to `block` rows are handed to the rows beyond at once; the result does not
-    depend on it. The paper's 128 is slower on CPUs, where the rows of all experts leave the cache.
-    The scales of a group are those of its corrected weights when it is reached. Under
+    depend on it. The scales of a group are those of its corrected weights when it is reached. Under
     `act_order` rows are taken in the order of falling diagonal, ties as they stand; since the
     formats keep the rows of a group together, the groups stay the original ones, and their scales
     are those of the original weights ("static groups").
@@ -94,7 +96,10 @@ def _solve(
         return found, failed, used
 
     flat = jax.tree.map(lambda a: a.reshape(-1, *a.shape[len(lead) :]), (w, moments, start))
-    found, failed, used = jax.vmap(one)(*flat)
+    each = 4 * w.shape[-2] * (w.shape[-2] + 3 * w.shape[-1])
+    fit = _AT_ONCE.get(jax.default_backend(), 2**28) // each
+    batch = _largest_divisor(len(flat[0]), max(fit, 1))
+    found, failed, used = lax.map(lambda given: one(*given), flat, batch_size=batch)
     codes, scale, zero = jax.tree.map(lambda a: a.reshape(*lead, *a.shape[1:]), found)
     return GPTQResult(grid.pack(codes, scale, zero), failed.reshape(lead), used.reshape(lead))
 
@@ -115,21 +120,21 @@ def _normalised(moments: Array) -> Array:
 
 
 def _feedback(h: Array, damping: float | Array) -> tuple[Array, Array]:
-    """Share [K, K] of row k's change that goes to row j > k, else 0; and the damping it took.
+    """Share [K, K] that row j gets of the change of row k < j, else 0; and the damping it took.
 
     With h = R R^T, R upper triangular, the inverse's upper Cholesky factor is U = R^-1, and the
     paper's error (w'_k - q_k) / U_kk is (R^T (w - q))_k. So w'_j = w_j + sum_{k<j} (w_k - q_k)
     R_kj / R_jj: the same corrections without the inverse, from the change of the original weights,
     which is more accurate in float32. (The sum is the paper's w'_j once all k < j are in it; while
-    rows are missing, the paper's value has them follow, see `rescaled`.) Zeros, and infinity, if no
-    damping suffices.
+    rows are missing, the paper's value has them follow, see `scales_of`.) Zeros, and infinity, if
+    no damping suffices.
     """
     eye = jnp.eye(len(h))
 
     def factorised(level: Array) -> tuple[Array, Array]:
         # R is the lower factor of the reversed matrix, reversed.
         factor = jnp.linalg.cholesky((h + level * eye)[::-1, ::-1])[::-1, ::-1]
-        share = jnp.triu(factor / jnp.diagonal(factor), 1)
+        share = jnp.tril(factor.T / jnp.diagonal(factor)[:, None], -1)
         return share, jnp.isfinite(share).all()
 
     def retry(state: tuple) -> tuple:
@@ -149,60 +154,76 @@ def _round_rows(
     inputs = len(w)
     group = grid.group or inputs
     fresh = order is None and group < inputs  # whether scales follow the corrected weights
-    rows = _largest_divisor(group if fresh else inputs, block)
-    order = jnp.arange(inputs) if order is None else order
-    original = w.astype(jnp.float32)[order]
+    strip = group if fresh else inputs
+    sizes = (_largest_divisor(strip, block), 1)
+    original = w.astype(jnp.float32) if order is None else w.astype(jnp.float32)[order]
+    groups = (jnp.arange(inputs) if order is None else order) // group
 
-    def rescaled(corrected: Array, first: Array, scales: tuple) -> tuple:
-        now, before = (lax.dynamic_slice_in_dim(a, first, group) for a in (corrected, original))
-        within = lax.dynamic_slice(feedback, (first, first), (group, group))
-        # `corrected` row j awaits the changes of all rows before it. If those of this group are to
-        # follow suit and not to be rounded, they change too, and j less by their shares.
-        change = lax.linalg.triangular_solve(
-            within.T + jnp.eye(group), now - before, left_side=True, lower=True, unit_diagonal=True
-        )
+    def scales_of(due: Array, shares: Array, i: Array, scales: tuple) -> tuple:
+        before = lax.dynamic_slice_in_dim(original, i * group, group)
+        # Row j of `due` awaits the changes of all rows before it. If those of this group are to
+        # follow suit and not to be rounded, they change too, and j less by their shares. Solved as
+        # it stands in memory, from the right.
+        lower = shares + jnp.eye(group)
+        change = lax.linalg.triangular_solve(lower.T, (due - before).T, unit_diagonal=True).T
         now = before + change
         # A column that no error has reached keeps the scale of round-to-nearest to the last bit,
         # in whatever order the compiler adds.
         same = (now == before).all(0)
 
         def put(old: Array, new: Array) -> Array:
-            at = first // group
-            return old.at[at].set(jnp.where(same, old[at], new[0]))
+            return old.at[i].set(jnp.where(same, old[i], new[0]))
 
         return jax.tree.map(put, scales, grid.scales(now))
 
-    def round_block(i: Array, state: tuple) -> tuple:
-        corrected, codes, scales = state
-        first = i * rows
+    def round_strip(i: Array, state: tuple) -> tuple:
+        changes, codes, scales = state
+        rows = partial(lax.dynamic_slice_in_dim, start_index=i * strip, slice_size=strip)
+        shares, exact = rows(feedback), rows(original)
+        due = exact + _product(shares, changes)
+        within = rows(shares, axis=1)
         if fresh:
-            scales = lax.cond(
-                first % group == 0, lambda s: rescaled(corrected, first, s), lambda s: s, scales
-            )
-        strip = lax.dynamic_slice_in_dim(feedback, first, rows)
-        within = lax.dynamic_slice_in_dim(strip, first, rows, axis=1)
-        exact, inside = (lax.dynamic_slice_in_dim(a, first, rows) for a in (original, corrected))
-        groups = lax.dynamic_slice_in_dim(order, first, rows) // group
-        # Converted once per block and not in every row: float16 is slow on CPUs.
-        scale = jax.tree.map(lambda a: a[groups].astype(jnp.float32), scales)
+            scales = scales_of(due, within, i, scales)
+        # Converted once per strip and not in every row: float16 is slow on CPUs.
+        scale = jax.tree.map(lambda a: a[rows(groups)].astype(jnp.float32), scales)
+        found = _sweep(due, exact, within, scale, grid, sizes)
+        put = partial(lax.dynamic_update_slice_in_dim, start_index=i * strip, axis=0)
+        return put(changes, found[0]), put(codes, found[1]), scales
 
-        def round_row(changes: Array, row: tuple) -> tuple[Array, Array]:
-            k, shares, here_N, w_N, scale = row
-            scale = jax.tree.map(lambda a: a[None], scale)
-            here_N += jnp.matmul(shares, changes, precision=lax.Precision.HIGHEST)
-            code = grid.codes(here_N[None], *scale)
-            change = w_N - grid.values(code, *scale)[0]
-            return lax.dynamic_update_index_in_dim(changes, change, k, 0), code[0]
+    state = (jnp.zeros_like(original), jnp.zeros(w.shape, jnp.uint8), (start.scale, start.zero))
+    _, codes, scales = lax.fori_loop(0, inputs // strip, round_strip, state)
+    codes = codes if order is None else jnp.zeros_like(codes).at[order].set(codes)
+    return Rounded(codes, *scales)
 
-        each = (jnp.arange(rows), within.T, inside, exact, scale)
-        changes, found = lax.scan(round_row, jnp.zeros_like(inside), each)
-        # Rows up to here get their share once more, or none: they are done.
-        corrected += jnp.matmul(strip.T, changes, precision=lax.Precision.HIGHEST)
-        return corrected, lax.dynamic_update_slice_in_dim(codes, found, first, 0), scales
 
-    state = (original, jnp.zeros(w.shape, jnp.uint8), (start.scale, start.zero))
-    _, codes, scales = lax.fori_loop(0, inputs // rows, round_block, state)
-    return Rounded(jnp.zeros_like(codes).at[order].set(codes), *scales)
+def _sweep(
+    due: Array, exact: Array, shares: Array, scale: tuple, grid: Any, sizes: tuple[int, ...]
+) -> tuple[Array, Array]:
+    """Changes and codes of rows [R, N] that await only the changes of one another.
+
+    So many rows at a time as `sizes` says, the last one row: what they get of the changes so far is
+    one product, and within them the same again.
+    """
+    if len(due) == 1:
+        code = grid.codes(due, *scale)
+        return exact - grid.values(code, *scale), code
+    size, *rest = sizes
+
+    def some(i: Array, state: tuple) -> tuple:
+        rows = partial(lax.dynamic_slice_in_dim, start_index=i * size, slice_size=size)
+        strip = rows(shares)
+        here = rows(due) + _product(strip, state[0])
+        of = jax.tree.map(rows, scale)
+        found = _sweep(here, rows(exact), rows(strip, axis=1), of, grid, tuple(rest))
+        put = partial(lax.dynamic_update_slice_in_dim, start_index=i * size, axis=0)
+        return jax.tree.map(put, state, found)
+
+    state = (jnp.zeros_like(exact), jnp.zeros(exact.shape, jnp.uint8))
+    return lax.fori_loop(0, len(due) // size, some, state)
+
+
+def _product(a: Array, b: Array) -> Array:
+    return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
 
 
 def _largest_divisor(number: int, limit: int) -> int:
@@ -220,7 +241,7 @@ def _check(w: Array, moments: Array, grid: Grid, damping: float, block: int, nam
     if block < 1 or not damping >= 0:
         raise SpecError(
             f"gptq{of} got block = {block} and damping = {damping}.",
-            "Use a block of 1 or more, 128 is usual, and a damping of 0 or more, 0.01 is usual.",
+            "Use a block of 1 or more, 16 is usual, and a damping of 0 or more, 0.01 is usual.",
         )
     check_fits(grid, w, name)
     finite = _finite(w, moments)

@@ -6,7 +6,7 @@ import importlib.util
 
 import pytest
 
-from moejax.cli.platform import choose_platform
+from moejax.cli.platform import choose_platform, one_blas_thread
 
 
 @pytest.mark.parametrize(
@@ -33,3 +33,11 @@ def test_cpu_is_chosen_only_for_libtpu_without_a_device(
     monkeypatch.setattr("moejax.cli.platform.importlib.util.find_spec", lambda name: found)
     choose_platform(environ, tmp_path)
     assert environ.get("JAX_PLATFORMS") == chosen
+
+
+def test_blas_gets_one_thread_unless_the_user_chose():
+    """Catches BLAS threads that spin against XLA's, and a user's choice overridden."""
+    environ, chosen = {}, {"OPENBLAS_NUM_THREADS": "4"}
+    one_blas_thread(environ)
+    one_blas_thread(chosen)
+    assert environ == {"OPENBLAS_NUM_THREADS": "1"} and chosen["OPENBLAS_NUM_THREADS"] == "4"

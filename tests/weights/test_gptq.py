@@ -195,9 +195,18 @@ def test_unseen_inputs_are_rounded():
 
 def test_benchmark_runs(capsys):
     """Catches a benchmark that no longer fits the interface."""
-    sizes = {"experts": 2, "inputs": 32, "columns": 4, "group": 8, "rounds": 1}
-    assert bench.main([a for k, v in sizes.items() for a in (f"--{k}", str(v))]) > 0
+    ratios = bench.main(["--experts", "2", "--widths", "64", "--rounds", "1"])
+    assert ratios.keys() == {64} and min(ratios[64].values()) > 0
     assert "ratio" in capsys.readouterr().out
+
+
+def test_the_peer_of_the_benchmark_is_gptq():
+    """Catches a benchmark against something that is fast or slow because it is wrong."""
+    w, moments = bench.layer(1, 256)
+    grid = AsymmetricGrid(bits=4, group=64)
+    want = unpack_codes(gptq(w[0], moments[0], grid).weight.words, 4, 256)
+    got = jax.jit(bench.as_in_the_paper, static_argnums=2)(w[0], moments[0], grid)
+    assert np.mean(np.asarray(got) == np.asarray(want)) > 0.99
 
 
 def test_wrong_arguments_name_the_matrix():
