@@ -44,13 +44,14 @@ class Study:
     calibration: the text that statistics are collected on; no document of it may be in `text`.
     priming: training text that xz reads first, in a second baseline. Weights are rounded to
     bfloat16, in which they are stored, before anything is measured. The first arm's routing is
-    drawn.
+    drawn. remarks: what the report says below its expectations, why one may fail for instance.
     """
 
     arms: tuple[Arm, ...]
     text: Text
     calibration: Text
     expectations: tuple[Expectation, ...] = ()
+    remarks: tuple[str, ...] = ()
     priming: Corpus | None = None
     seed: int = 0
     title: str = ""
@@ -142,6 +143,7 @@ def run_study(folder: RunFolder, study: Study) -> dict[str, DecoderLM]:
             for arm in study.arms
         ),
         baselines=_baselines(study),
+        remarks=study.remarks,
         specialisation=specialisation(scores[study.arms[0].name]),
     )
     result.save(folder.results_path)

@@ -37,6 +37,7 @@ def study_markdown(
     if study.verdicts:
         lines = [f"- {_held(v.held)}: {v.name}: {v.detail}" for v in study.verdicts]
         parts += ["## Expectations", "\n".join(lines)]
+    parts += study.remarks
     if figures:
         parts += ["## Figures", *(f"{f['caption']}\n\n![]({f['file']})" for f in figures)]
     used = ", ".join(f"{name} {version}" for name, version in versions.items())

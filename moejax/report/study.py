@@ -52,6 +52,8 @@ def add_headline(page: Page, study: StudyResult) -> None:
     if study.verdicts:
         page.section("Expectations")
         page.verdicts([(v.name, v.held, v.detail) for v in study.verdicts])
+    for remark in study.remarks:
+        page.text(remark)
 
 
 def add_study(page: Page, study: StudyResult) -> None:

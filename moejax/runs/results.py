@@ -75,6 +75,7 @@ class StudyResult:
     """Everything a report needs to know of a study beside the ledger and the metrics.
 
     protocol: text source, bytes per group, window, tokenizer and model hash, seeds, dtype, device.
+    remarks: the author's, in the report below the verdicts.
     baselines: name of a general compressor -> group -> bits per byte of its held-out text.
     specialisation: per layer [groups, experts] the share of a group's assignments that each expert
         got (rows sum to 1, groups in the order of the arms' domains), None for a layer without
@@ -85,6 +86,7 @@ class StudyResult:
     arms: tuple[ArmResult, ...]
     baselines: dict[str, dict[str, float]] = field(default_factory=dict)
     verdicts: tuple[Verdict, ...] = ()
+    remarks: tuple[str, ...] = ()
     specialisation: tuple[tuple[tuple[float, ...], ...] | None, ...] | None = None
 
     def arm(self, name: str) -> ArmResult:
