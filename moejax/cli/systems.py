@@ -13,7 +13,7 @@ from rich.table import Table
 
 from moejax.core.errors import ConfigError
 
-FIELDS = ("Follows", "Deviates", "Headline", "Check")
+FIELDS = ("Follows", "Deviates", "Headline", "Found", "Check")
 ARXIV = re.compile(r"\s*\barXiv:(\d{4}\.\d{4,5})\b\.?")
 HEADER = "# Name of the system. arXiv:0000.00000."
 
@@ -22,7 +22,8 @@ HEADER = "# Name of the system. arXiv:0000.00000."
 class System:
     """A system: its file's family (folder) and slug (name), and the header of the file.
 
-    arxiv: the paper's id, empty where there is none. check: the path of the acceptance test.
+    arxiv: the paper's id, empty where there is none. headline: what the paper found; found: what
+    the file finds on what it runs on. check: the path of the acceptance test.
     """
 
     family: str
@@ -32,6 +33,7 @@ class System:
     follows: str
     deviates: str
     headline: str
+    found: str
     check: str
 
 
@@ -43,8 +45,8 @@ def read_systems(root: Path) -> list[System]:
 def read_system(path: Path, root: Path) -> System:
     """The system in `path`, from the comments that begin the file.
 
-    The title and the arXiv id come first, then lines that begin with Follows, Deviates, Headline
-    and Check; other lines continue the one above.
+    The title and the arXiv id come first, then lines that begin with one of `FIELDS`; other lines
+    continue the one above.
     """
     values = {"title": ""}
     field = "title"
@@ -60,7 +62,7 @@ def read_system(path: Path, root: Path) -> System:
     if missing:
         raise ConfigError(
             f"{path.relative_to(root)}: its header has no {missing[0]}.",
-            f"Begin it with {HEADER!r}, then # Follows, # Deviates, # Headline and # Check.",
+            f"Begin it with {HEADER!r}, then {', '.join(f'# {f}' for f in FIELDS)}.",
         )
     arxiv = ARXIV.search(values["title"])
     values["title"] = ARXIV.sub("", values["title"]).strip().rstrip(".")
@@ -71,12 +73,13 @@ def read_system(path: Path, root: Path) -> System:
 def show(systems: Sequence[System], console: Console) -> None:
     """Prints the systems as a table."""
     table = Table(box=box.SIMPLE_HEAD, show_lines=True)
-    for column in ("moejax run systems/…", "paper", "follows", "deviates", "headline"):
+    for column in ("moejax run systems/…", "paper", "follows", "deviates", "headline", "found"):
         table.add_column(column, overflow="fold")
     for system in systems:
         paper = f"{system.title} (arXiv:{system.arxiv})" if system.arxiv else system.title
         name = f"{system.family}/{system.slug}"
-        table.add_row(name, paper, system.follows, system.deviates, system.headline)
+        words = (system.follows, system.deviates, system.headline, system.found)
+        table.add_row(name, paper, *words)
     console.print(table)
     console.print(f"{len(systems)} systems")
 
@@ -90,16 +93,17 @@ def markdown(systems: Sequence[System]) -> str:
             "",
             f"## {family}",
             "",
-            "| name | paper | follows | deviates | headline | check |",
+            "| name | paper | follows | deviates | headline | found here | check |",
+            "|---|---|---|---|---|---|---|",
         ]
-        lines.append("|---|---|---|---|---|---|")
         for system in systems:
             if system.family != family:
                 continue
             paper = system.title
             if system.arxiv:
                 paper = f"{paper} ([{system.arxiv}](https://arxiv.org/abs/{system.arxiv}))"
-            cells = [system.slug, paper, system.follows, system.deviates, system.headline]
-            cells = [cell.replace("|", r"\|") for cell in [*cells, f"`{system.check}`"]]
+            words = (system.follows, system.deviates, system.headline, system.found)
+            cells = [system.slug, paper, *words, f"`{system.check}`"]
+            cells = [cell.replace("|", r"\|") for cell in cells]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

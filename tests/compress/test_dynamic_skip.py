@@ -1,6 +1,7 @@
 """Dynamic skipping: thresholds from calibration, in recipes and in plans."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -8,12 +9,13 @@ from flax import nnx
 from moejax.calibrate import Calibration, ExpertCounts, GateRatios, SecondMoments
 from moejax.compress import DynamicSkip, Pass, check_recipe
 from moejax.core import SpecError, from_json, to_json
-from moejax.models import layers, parameters, with_layers
-from moejax.moe import Protection, SkipSmallGates
+from moejax.models import layers, parameters, with_layers, with_parameters, with_rule
+from moejax.moe import Protection, RandomImportance, SkipSmallGates
 from tests.compress.conftest import FOUR_BITS, Source, apply
 from tests.evaluate.conftest import cut, dense, make_model, make_spec, make_tokens, routed, run
 
 ODP = SkipSmallGates(protect=Protection(share=0.02))
+SEEN = 63  # the token id that `attended` looks at
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +82,49 @@ def test_protection_keeps_experts_of_two_percent(model, text, stats):
     )
     # One token of each window of 16 is protected, and about half of them were skipped.
     assert 0.01 < alone - protected <= 1 / 16
+
+
+@pytest.fixture(scope="module")
+def attended(model):
+    """A model that attends to one token id almost alone, and each window with one such token."""
+    named = {name: np.array(weight) for name, weight in parameters(model).items()}
+    named["embed"][:, :2] = 0
+    named["embed"][:, 0], named["embed"][SEEN, 1] = 2, 2
+    for layer in (0, 1):
+        # The slowest rotary pair of each head: queries read what all tokens share, keys what one has.
+        for name, row in (("q", 0), ("k", 1)):
+            projection = named[f"layers.{layer}.attention.{name}"]
+            projection[:] = 0
+            projection[row, 3::8] = 4
+    (batch,) = cut({"docs": make_tokens(800) % SEEN}, 50)
+    rng = np.random.default_rng(0)
+    batch.tokens_BxS[np.arange(50), rng.integers(1, 6, 50)] = SEEN
+    return with_parameters(model.spec, {n: jnp.asarray(w) for n, w in named.items()}), batch
+
+
+def divergence(attended, protect):
+    """KL from the model to itself with one expert per token in its first layer, in NumPy."""
+    model, batch = attended
+    first, second = layers(model)
+    rule = with_rule(first, SkipSmallGates(protect=protect), {"beta": jnp.float32(1.01)})
+    base, skipping = (
+        np.asarray(run(m, batch).logits_BxSxV, np.float64)
+        for m in (model, with_layers(model, [rule, second]))
+    )
+    base -= np.log(np.exp(base).sum(-1, keepdims=True))
+    skipping -= np.log(np.exp(skipping).sum(-1, keepdims=True))
+    return float((np.exp(base) * (base - skipping)).sum(-1).mean())
+
+
+def test_what_others_attend_to_is_worth_its_experts(attended):
+    """Catches an importance that is the same for every token, and attention summed over keys."""
+    by_importance = divergence(attended, Protection(share=0.02))
+    at_random = [
+        divergence(attended, Protection(share=0.02, importance=RandomImportance(seed=seed)))
+        for seed in range(5)
+    ]
+    assert by_importance < np.mean(at_random) - 10 * np.std(at_random)
+    assert np.mean(at_random) < divergence(attended, None)
 
 
 def test_a_recipe_with_skipping(model, text):
