@@ -71,13 +71,13 @@ def test_the_table_and_the_page(root, monkeypatch, capsys):
     """Catches fields in the wrong column, and a bar that breaks a Markdown table."""
     console = Console(file=io.StringIO(), width=200)
     show([MC_MOE], console)
-    for text in ("quantization/mc_moe", "arXiv:2410.06270", "76.6 % smaller", "1 systems"):
+    for text in ("quantization/mc_moe", "arXiv:2410.06270", "76.6 %", "7 % more", "1 systems"):
         assert text in console.file.getvalue()
     row = markdown([MC_MOE]).splitlines()[-1]
     assert row.startswith(
         "| mc_moe | MC-MoE: Mixture Compressor for Mixture-of-Experts LLMs ([2410"
     )
-    assert r"solver \| a bar." in row
+    assert r"solver \| a bar." in row and "76.6 % smaller. | 7 % more" in row
     assert row.endswith("| `tests/systems/quantization/test_mc_moe.py` |")
     monkeypatch.chdir(root.parent.parent)
     assert main(["systems", "--markdown"]) == 0
