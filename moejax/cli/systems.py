@@ -88,7 +88,9 @@ def markdown(systems: Sequence[System]) -> str:
     """The systems as the page docs/systems.md: a table per family."""
     lines = ["# Systems of the literature", ""]
     lines.append(f"{len(systems)} systems ship as gin files: `moejax run systems/FAMILY/NAME`.")
-    lines.append("What was found here is what that command reports, on the model and text of the file.")
+    lines.append(
+        "What was found here is what that command reports on the file's own model and text."
+    )
     for family in dict.fromkeys(system.family for system in systems):
         lines += [
             "",

@@ -91,7 +91,7 @@ def attended(model):
     named["embed"][:, :2] = 0
     named["embed"][:, 0], named["embed"][SEEN, 1] = 2, 2
     for layer in (0, 1):
-        # The slowest rotary pair of each head: queries read what all tokens share, keys what one has.
+        # In the slowest rotary pair, queries read what all tokens share, keys what one has.
         for name, row in (("q", 0), ("k", 1)):
             projection = named[f"layers.{layer}.attention.{name}"]
             projection[:] = 0
