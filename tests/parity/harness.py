@@ -43,7 +43,7 @@ TINY = dict(  # of most families: heads that no power of two is made of, K above
 )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Case:
     """config: fields on top of `TINY`; None takes one of TINY's away. gain: of the matrices of
     experts over 1/sqrt(inputs), so that they are heard. adjust: changes the torch model after its
@@ -99,7 +99,8 @@ def _random(case: Case, seed: int) -> Any:
     import torch
     import transformers
 
-    fields = {k: v for k, v in {**TINY, **case.config}.items() if k not in TINY or v is not None}
+    fields = {key: value for key, value in TINY.items() if key not in case.config}
+    fields |= {key: value for key, value in case.config.items() if value is not None}
     config = transformers.AutoConfig.for_model(case.model_type, **fields)
     config._attn_implementation = "eager"
     model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
