@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,7 +22,15 @@ from flax import nnx
 from moejax import weights
 from moejax.checkpoint import Imported, export_model, import_model
 from moejax.core import taps
-from moejax.models import DecoderLM, ModelSpec, forward, init_state, parameters, with_parameters
+from moejax.models import (
+    DecoderLM,
+    ModelSpec,
+    Output,
+    forward,
+    init_state,
+    parameters,
+    with_parameters,
+)
 from moejax.moe import MoESpec
 
 BOUND = 1e-5  # of the largest |logit|, float32 on both sides
@@ -80,7 +89,7 @@ def require_transformers() -> None:
     pytest.importorskip("transformers", reason=why)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def pair(case: Case, seed: int) -> Pair:
     """A random model of the case, and its import; made once per process."""
     import torch
@@ -128,8 +137,7 @@ def error(found: Any, expected: np.ndarray) -> float:
 
 def prefill(model: DecoderLM, tokens: np.ndarray) -> np.ndarray:
     """Logits of whole texts."""
-    graphdef, state = nnx.split(model)
-    return np.asarray(_prefill(graphdef, state, jnp.asarray(tokens)))
+    return np.asarray(_run(model, tokens).logits_BxSxV)
 
 
 def decode(model: DecoderLM, tokens: np.ndarray) -> np.ndarray:
@@ -138,7 +146,7 @@ def decode(model: DecoderLM, tokens: np.ndarray) -> np.ndarray:
     state = init_state(model, *tokens.shape)
     found = []
     cuts = [0, PREFIX, *range(PREFIX + 1, tokens.shape[1] + 1)]
-    for first, last in zip(cuts, cuts[1:], strict=False):
+    for first, last in itertools.pairwise(cuts):
         position = jnp.broadcast_to(jnp.arange(first, last), (tokens.shape[0], last - first))
         part = jnp.asarray(tokens[:, first:last])
         logits, state = _step(graphdef, parameters_, part, position, state)
@@ -148,8 +156,7 @@ def decode(model: DecoderLM, tokens: np.ndarray) -> np.ndarray:
 
 def routed_shares(model: DecoderLM, tokens: np.ndarray) -> list[float]:
     """rms of each routed layer's output over the rms of the residual that it is added to."""
-    request = frozenset({taps.FFN_OUTPUT, taps.BLOCK_OUTPUT})
-    found = forward(model, jnp.asarray(tokens), request=request).taps
+    found = _run(model, tokens).taps
     shares = []
     for layer in model.spec.moe_layers:
         after = np.asarray(found[layer][taps.BLOCK_OUTPUT]).reshape(tokens.size, -1)
@@ -161,7 +168,7 @@ def routed_shares(model: DecoderLM, tokens: np.ndarray) -> list[float]:
 def with_experts_swapped(model: DecoderLM, tokens: np.ndarray) -> DecoderLM:
     """The model with the two busiest experts of its first routed layer in each other's place."""
     layer = model.spec.moe_layers[0]
-    routing = forward(model, jnp.asarray(tokens)).routings[layer]
+    routing = _run(model, tokens).routings[layer]
     assert routing is not None
     a, b = np.argsort(-np.asarray(routing.counts_E()))[:2]
     order = np.arange(routing.experts)
@@ -208,9 +215,15 @@ def _unnormalised(spec: ModelSpec) -> ModelSpec:
     return dataclasses.replace(spec, layers=tuple(layers))
 
 
+def _run(model: DecoderLM, tokens: np.ndarray) -> Output:
+    """One pass over whole texts; models of one structure share the compiled program."""
+    return _prefill(*nnx.split(model), jnp.asarray(tokens))
+
+
 @functools.partial(jax.jit, static_argnums=0)
-def _prefill(graphdef: Any, state: Any, tokens: jax.Array) -> jax.Array:
-    return forward(nnx.merge(graphdef, state), tokens).logits_BxSxV
+def _prefill(graphdef: Any, state: Any, tokens: jax.Array) -> Output:
+    request = frozenset({taps.FFN_OUTPUT, taps.BLOCK_OUTPUT})
+    return forward(nnx.merge(graphdef, state), tokens, request=request)
 
 
 @functools.partial(jax.jit, static_argnums=0)
