@@ -14,7 +14,7 @@ from tests.checkpoint.hf_folders import MIXTRAL
 SHARD = 256 << 20
 CONFIG = MIXTRAL | {
     "vocab_size": 32_000, "hidden_size": 1024, "intermediate_size": 3584, "num_local_experts": 8,
-    "num_hidden_layers": 11, "num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 64,
+    "num_hidden_layers": 12, "num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 64,
 }  # fmt: skip
 
 
