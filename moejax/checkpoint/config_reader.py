@@ -6,7 +6,6 @@ family reads every such field, if only to `require` the one value it supports.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any, NoReturn, TypeVar
 
@@ -15,6 +14,7 @@ from moejax.moe import GELU, Activation, ReLU, SiLU
 
 T = TypeVar("T")
 _NEEDED: Any = object()
+_LARGEST = 1e30  # of a number that a config means
 
 ACTIVATIONS: dict[str, Activation] = {
     "silu": SiLU(),
@@ -42,11 +42,11 @@ class ConfigReader:
         self.read.add(name)
         return self._fields.get(name)
 
-    def integer(self, name: str, default: int = _NEEDED) -> int:
-        """A whole number of at least 0."""
+    def integer(self, name: str, default: int = _NEEDED, most: int = 1 << 20) -> int:
+        """A whole number from 0 to `most`, beyond which it is no size of a model but damage."""
         value = self._value(name, default)
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 40:
-            self.refuse(name, "a whole number")
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= most:
+            self.refuse(name, f"a whole number from 0 to {most}")
         return value
 
     def number(self, name: str, default: float = _NEEDED) -> float:
@@ -54,7 +54,7 @@ class ConfigReader:
         value = self._value(name, default)
         if isinstance(value, bool) or not isinstance(value, int | float):
             self.refuse(name, "a number")
-        if not math.isfinite(value):
+        if not abs(value) < _LARGEST:
             self.refuse(name, "a finite number")
         return float(value)
 

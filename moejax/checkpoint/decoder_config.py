@@ -50,9 +50,9 @@ def read_decoder(
 
 def read_depth(config: ConfigReader) -> int:
     """num_hidden_layers, from 1 to what any model has: a damaged number must not fill memory."""
-    depth = config.integer("num_hidden_layers")
-    if not 1 <= depth <= _DEEPEST:
-        config.refuse("num_hidden_layers", f"a number from 1 to {_DEEPEST}")
+    depth = config.integer("num_hidden_layers", most=_DEEPEST)
+    if depth < 1:
+        config.refuse("num_hidden_layers", "at least 1")
     return depth
 
 

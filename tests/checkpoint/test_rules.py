@@ -1,12 +1,17 @@
 """Rules read what they write, and read what a file's layout says."""
 
+import contextlib
 import dataclasses
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from moejax.checkpoint.config_reader import ConfigReader
+from moejax.checkpoint.coverage import cover
 from moejax.checkpoint.families import families
+from moejax.checkpoint.importing import read_spec
 from moejax.checkpoint.rules import (
     Consecutive,
     Ignored,
@@ -124,3 +129,27 @@ def test_config_and_spec_are_each_other_s_inverse(name):
     for tied in (True, False):
         changed = dataclasses.replace(spec, tie_embeddings=tied)
         assert family.spec(ConfigReader(family.config(changed))) == changed
+
+
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3)
+VALUES = SCALARS | st.lists(SCALARS, max_size=2) | st.dictionaries(st.text(max_size=3), SCALARS)
+
+
+@given(
+    name=st.sampled_from(["mixtral", "olmoe", "llama"]),
+    changed=st.dictionaries(st.sampled_from(sorted(MIXTRAL)), VALUES, min_size=1, max_size=3),
+)
+@settings(max_examples=200, deadline=None)
+def test_any_config_gives_a_spec_or_a_named_error(name, changed):
+    """Catches a raw error, or memory taken for a number that is damage."""
+    with contextlib.suppress(CheckpointError):
+        read_spec(families()[name], ConfigReader(MIXTRAL | changed))
+
+
+def test_the_largest_sizes_have_shapes_and_no_memory():
+    """Catches an overflow, or arrays made, where a damaged config claims the most it may."""
+    most = dict.fromkeys(["vocab_size", "hidden_size", "intermediate_size"], 1 << 20)
+    config = MIXTRAL | most | {"num_local_experts": 1 << 20, "head_dim": 1 << 20}
+    spec = read_spec(families()["mixtral"], ConfigReader(config))
+    with pytest.raises(CheckpointError, match="lack"):
+        cover(spec, families()["mixtral"], {})
