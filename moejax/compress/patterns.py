@@ -12,7 +12,7 @@ from moejax import weights
 from moejax.core import SpecError
 from moejax.models import ModelSpec, abstract_model, parameters
 
-GUARDED = ("router", "norm", "embed", "head")
+GUARDED = ("router", "norm", "embed", "head", "bias", "sinks")
 """Words of names that a `*` does not stand for: a glob means such parameters only if it says so."""
 
 OUTSIDE = -1

@@ -42,9 +42,9 @@ def select_experts(block: Block, keep: Sequence[int]) -> Block:
     assert edited.moe is not None
     edited.spec = dataclasses.replace(block.spec, ffn=smaller)
     edited.moe.spec = smaller
-    for name in ("gate", "up", "down"):
-        variable = getattr(edited.moe.experts, name)
-        compat.write(variable, weights.take(compat.read(variable), index))
+    for _, variable in nnx.iter_graph(edited.moe.experts):
+        if isinstance(variable, nnx.Variable):
+            compat.write(variable, weights.take(compat.read(variable), index))
     axes = ffn.router.scores.axes()
     for name, variable in edited.moe.router.scores.items():
         if isinstance(compat.read(variable), weights.Format):
