@@ -45,7 +45,7 @@ class SoftmaxGates:
 
 @spec
 class PNormGates:
-    """p = softmax(l); g = p of the chosen, divided by their L_order norm (DBRX; order 1: the sum)."""
+    """p = softmax(l); g = p of the chosen, over their L_order norm (DBRX; order 1: the sum)."""
 
     order: float = 1.0
 
