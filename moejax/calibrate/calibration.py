@@ -150,7 +150,9 @@ class Calibration:
             write_json(path, [[a.name for a in asked] for asked in missing])
         if not all(set(m) <= set(p) for m, p in zip(missing, plan, strict=True)):
             plan = wanted  # a finished statistic was damaged since
-        usable = (n for n in spool.layers() if 0 < n <= first and spool.go_to(n))
+        # A spool holds the residual stream alone: no walk begins where layers read more than that.
+        alone = (n for n in spool.layers() if not model.spec.carried_into(n))
+        usable = (n for n in alone if 0 < n <= first and spool.go_to(n))
         return plan, next(usable, 0), spool
 
     def _walk(

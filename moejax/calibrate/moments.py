@@ -12,7 +12,7 @@ from moejax_kernels.grouped_outer import grouped_outer
 from moejax.calibrate.accumulators import Sums, Tokens
 from moejax.core import Taps, check_that, spec, taps
 from moejax.core.taps import Request
-from moejax.models import DenseSpec, LayerSpec, ModelSpec
+from moejax.models import AttentionSpec, DenseSpec, LayerSpec, MLASpec, ModelSpec
 from moejax.moe import MoESpec
 
 PER_EXPERT = (taps.EXPERT_INPUT, taps.EXPERT_HIDDEN)
@@ -151,11 +151,25 @@ def _width(tap: str, layer: LayerSpec, model: ModelSpec) -> int | None:
 
 
 def _context_width(layer: LayerSpec, model: ModelSpec) -> int | None:
-    return None if layer.mixer is None else layer.mixer.heads * layer.mixer.head_width
+    return None if layer.mixer is None else layer.mixer.context_width
+
+
+def _filtered_width(layer: LayerSpec, model: ModelSpec) -> int | None:
+    filters = isinstance(layer.mixer, AttentionSpec) and layer.mixer.filter is not None
+    return model.width if filters else None
+
+
+def _query_latent_width(layer: LayerSpec, model: ModelSpec) -> int | None:
+    return layer.mixer.q_rank if isinstance(layer.mixer, MLASpec) else None
+
+
+def _kv_latent_width(layer: LayerSpec, model: ModelSpec) -> int | None:
+    return layer.mixer.kv_rank if isinstance(layer.mixer, MLASpec) else None
 
 
 def _hidden_width(layer: LayerSpec, model: ModelSpec) -> int | None:
-    return layer.ffn.width if isinstance(layer.ffn, DenseSpec) else None
+    dense = layer.ffn if isinstance(layer.ffn, DenseSpec) else layer.dense_residual
+    return None if dense is None else dense.width
 
 
 def _shared_width(layer: LayerSpec, model: ModelSpec) -> int | None:
@@ -177,6 +191,10 @@ _WIDTHS = {
     taps.SHARED_HIDDEN: _shared_width,
     taps.ATTENTION_INPUT: _mixer_stream,
     taps.ATTENTION_CONTEXT: _context_width,
+    taps.FILTERED_INPUT: _filtered_width,
+    taps.DENSE_INPUT: lambda layer, model: model.width if layer.dense_residual else None,
+    taps.QUERY_LATENT: _query_latent_width,
+    taps.KV_LATENT: _kv_latent_width,
     taps.BLOCK_INPUT: lambda layer, model: model.width,
     taps.BLOCK_OUTPUT: lambda layer, model: model.width,
 }

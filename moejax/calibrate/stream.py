@@ -21,7 +21,7 @@ from moejax.calibrate.spool import DiskSpool, MemorySpool, Spool
 from moejax.calibrate.statistics import LayerStatistics
 from moejax.calibrate.text import CalibrationText
 from moejax.core import MoejaxError, compat
-from moejax.models import Block, DecoderLM
+from moejax.models import Block, Carry, DecoderLM, ModelSpec
 from moejax.models.decoder import lookup, run_block
 from moejax.runs import Progress
 
@@ -59,6 +59,7 @@ class LayerStream:
         self._text, self._dtype, self._progress = text, jnp.dtype(dtype), progress
         self._devices = list(devices or [None])[: len(text.batches)]
         self._table = compat.read(model.embed) if layer == 0 else None
+        self._carries: dict[int, Any] = {}  # of batches, on the host, where layers above read it
         self._closing = ExitStack()
         self._spool = spool or self._own_spool()
 
@@ -76,7 +77,7 @@ class LayerStream:
     def close(self) -> None:
         """Gives back what the stream holds."""
         self._closing.close()
-        self._spool, self._table = MemorySpool(), None
+        self._spool, self._table, self._carries = MemorySpool(), None, {}
 
     def collect(self, block: Block, accumulators: Sequence[Accumulator]) -> LayerStatistics:
         """Statistics of `block` as the layer where the stream stands, by name."""
@@ -101,21 +102,23 @@ class LayerStream:
         lanes = [_Lane(device, parameters) for device in self._devices]
         for lane in lanes:
             lane.states = lane.put(tuple(a.init(block.spec, self.spec) for a in chosen))
-        running: deque[tuple[int, Array]] = deque()
+        wanted = self.spec.carried_into(self.layer + 1) if onward else frozenset()
+        running: deque[tuple[int, Array, Any]] = deque()
         with self._spool.writing(self.layer + 1) if onward else nullcontext() as write:
 
             def settle() -> None:
                 # Waiting for a batch that was sent off earlier bounds how many are in flight.
-                number, y_BxSxD = running.popleft()
+                number, y_BxSxD, carry = running.popleft()
                 if write is None:
                     y_BxSxD.block_until_ready()
                 else:
                     write(number, np.asarray(y_BxSxD))
+                    self._carries[number] = jax.device_get(carry)
 
             for number, batch in enumerate(self._text.batches):
                 lane = lanes[number % len(lanes)]
                 numbers = (number, self._text.starts[number], self._text.group(number))
-                lane.states, lane.bad, y_BxSxD = _step(
+                lane.states, lane.bad, y_BxSxD, carry = _step(
                     graphdef,
                     lane.parameters,
                     lane.states,
@@ -123,11 +126,13 @@ class LayerStream:
                     self._inputs(number, lane),
                     lane.put(batch.tokens_BxS),
                     lane.put(batch.mask_BxS),
+                    lane.put(self._carries.get(number, {})),
                     lane.put(np.asarray(numbers, np.uint32)),
                     accumulators=chosen,
+                    wanted=wanted,
                 )
-                running.append((number, y_BxSxD))
-                del y_BxSxD
+                running.append((number, y_BxSxD, carry))
+                del y_BxSxD, carry
                 if len(running) > len(lanes):
                     settle()
                 if self._progress is not None:
@@ -147,7 +152,7 @@ class LayerStream:
         if self._table is None:
             return lane.put(self._spool.read(number))
         tokens_BxS = self._text.batches[number].tokens_BxS
-        return lane.put(_lookup(self._table, tokens_BxS, self._dtype))
+        return lane.put(_lookup(self.spec, self._table, tokens_BxS, self._dtype))
 
     def _finalized(self, states: States, layer: int | None = None) -> LayerStatistics:
         layer = self.layer if layer is None else layer
@@ -218,13 +223,13 @@ class _Lane:
         return jax.device_put(value, self._device)
 
 
-@functools.partial(jax.jit, static_argnames=("dtype",))
-def _lookup(table_VxD: Any, tokens_BxS: Array, dtype: Any) -> Array:
-    return lookup(table_VxD, tokens_BxS, dtype)
+@functools.partial(jax.jit, static_argnames=("spec", "dtype"))
+def _lookup(spec: ModelSpec, table_VxD: Any, tokens_BxS: Array, dtype: Any) -> Array:
+    return lookup(spec, table_VxD, tokens_BxS, dtype)
 
 
 @functools.partial(
-    jax.jit, static_argnames=("graphdef", "accumulators"), donate_argnames=("states",)
+    jax.jit, static_argnames=("graphdef", "accumulators", "wanted"), donate_argnames=("states",)
 )
 def _step(
     graphdef: Any,
@@ -234,18 +239,22 @@ def _step(
     x_BxSxD: Array,
     tokens_BxS: Array,
     mask_BxS: Array,
+    carry: Carry,
     numbers: Array,
     *,
     accumulators: tuple[Accumulator, ...],
-) -> tuple[tuple[Any, ...], Array, Array]:
-    """States with one batch more, the first batch that is not finite, and the block's output.
+    wanted: frozenset[str],
+) -> tuple[tuple[Any, ...], Array, Array, Carry]:
+    """States with one batch more, the first batch that is not finite, the block's output and carry.
 
-    numbers: of the batch, of its first token, of its group. Equal blocks share one program.
+    numbers: of the batch, of its first token, of its group. wanted: what layers above read of the
+    carry. Equal blocks share one program.
     """
     request = frozenset().union(*(a.request for a in accumulators))
-    y_BxSxD, found = run_block(
-        nnx.merge(graphdef, parameters), x_BxSxD, tokens_BxS, mask_BxS, request
+    y_BxSxD, found, carry = run_block(
+        nnx.merge(graphdef, parameters), x_BxSxD, tokens_BxS, mask_BxS, request, carry
     )
+    carry = {name: value for name, value in carry.items() if name in wanted}
     mask_T = mask_BxS.reshape(-1)
     number, first, group = numbers[0].astype(jnp.int32), numbers[1].astype(jnp.int32), numbers[2]
     index_T = jnp.where(mask_T, first + jnp.cumsum(mask_T, dtype=jnp.int32) - 1, -1)
@@ -253,7 +262,7 @@ def _step(
     finite = jnp.all(jnp.isfinite(jnp.where(mask_BxS[..., None], y_BxSxD, 0)))
     bad = jnp.minimum(bad, jnp.where(finite, _NONE, number))
     pairs = zip(accumulators, states, strict=True)
-    return tuple(a.update(state, found, tokens) for a, state in pairs), bad, y_BxSxD
+    return tuple(a.update(state, found, tokens) for a, state in pairs), bad, y_BxSxD, carry
 
 
 @functools.partial(jax.jit, static_argnames=("accumulators",), donate_argnums=0)

@@ -58,6 +58,14 @@ class ConfigReader:
             self.refuse(name, "a finite number")
         return float(value)
 
+    def numbers(self, name: str, count: int) -> tuple[float, ...]:
+        """So many finite numbers."""
+        values = self._value(name, _NEEDED)
+        plain = isinstance(values, list) and len(values) == count
+        if not plain or not all(type(v) in (int, float) and math.isfinite(v) for v in values):
+            self.refuse(name, f"{count} numbers")
+        return tuple(map(float, values))
+
     def flag(self, name: str, default: bool = _NEEDED) -> bool:
         """true or false."""
         value = self._value(name, default)
@@ -106,13 +114,6 @@ class ConfigReader:
             found |= inner
         found["rope_type"] = found.get("rope_type") or found.pop("type", None) or "default"
         return ConfigReader(found, f"{self.where}, rotary positions")
-
-    def plain_rope(self, default: float = 10_000.0) -> float:
-        """The base of rotary positions that are not rescaled; refuses any scaling."""
-        rope = self.rope()
-        rope.require("rope_type", "default")
-        rope.require("partial_rotary_factor", 1, 1.0)
-        return rope.number("rope_theta", default)
 
     def unread(self) -> list[str]:
         """Fields that were not asked for."""

@@ -7,24 +7,30 @@ from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from moejax.checkpoint.config_reader import ACTIVATIONS, ConfigReader
+from moejax.checkpoint.rope_config import read_rope, rope_fields
 from moejax.core import CheckpointError
-from moejax.models import AttentionSpec, LayerSpec, ModelSpec
+from moejax.models import AttentionSpec, LayerSpec, ModelSpec, RMSNorm
 from moejax.moe import Activation, Dropless, MoESpec
 
 T = TypeVar("T")
 _DEEPEST = 4096
 
 
-def read_attention(config: ConfigReader, **fields: Any) -> AttentionSpec:
-    """Grouped-query attention with rotary positions that are not rescaled; `fields` go on top."""
+def read_attention(
+    config: ConfigReader, rope_base: float = 10_000.0, **fields: Any
+) -> AttentionSpec:
+    """Grouped-query attention with rotary positions; `fields` go on top.
+
+    rope_base: what a missing rope_theta means in this family.
+    """
     heads = config.integer("num_attention_heads")
     plain: dict[str, Any] = {
         "heads": heads,
         "kv_heads": config.integer("num_key_value_heads", heads),
         "head_width": config.integer("head_dim", config.integer("hidden_size") // max(heads, 1)),
     }
-    if "rope_base" not in fields:
-        plain["rope_base"] = config.plain_rope()
+    if "rope" not in fields:
+        plain["rope"] = read_rope(config, plain["head_width"], rope_base)
     return AttentionSpec(**plain | fields)
 
 
@@ -43,8 +49,8 @@ def read_decoder(
         "layers": tuple(layers),
         "tie_embeddings": config.flag("tie_word_embeddings", tied),
     }
-    if "norm_epsilon" not in fields:
-        plain["norm_epsilon"] = config.number("rms_norm_eps")
+    if "norm" not in fields:
+        plain["norm"] = RMSNorm(epsilon=config.number("rms_norm_eps"))
     return ModelSpec(**plain | fields)
 
 
@@ -67,10 +73,9 @@ def decoder_config(spec: ModelSpec, ffn: Any) -> dict[str, Any]:
         "num_key_value_heads": mixer.kv_heads,
         "head_dim": mixer.head_width,
         "hidden_act": activation_name(ffn.activation),
-        "rms_norm_eps": spec.norm_epsilon,
+        "rms_norm_eps": getattr(spec.norm, "epsilon", None),
         "tie_word_embeddings": spec.tie_embeddings,
-        "rope_theta": mixer.rope_base,
-        "rope_parameters": {"rope_type": "default", "rope_theta": mixer.rope_base},
+        **rope_fields(mixer.rope, mixer.head_width),
     }
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from flax import nnx
 
 from moejax import weights
+from moejax.checkpoint.migrate import VERSION, migrated
 from moejax.core import CheckpointError, RunError, from_json, to_json
 from moejax.core.atomic import read_json, write_json
 from moejax.files import (
@@ -28,7 +29,6 @@ from moejax.files import (
 )
 from moejax.models import DecoderLM, ModelSpec, parameters, retyped, with_parameters
 
-VERSION = 1
 MANIFEST = "model.json"
 TENSORS = "model.safetensors"
 _AGAIN = "Write the model again, or use another copy."
@@ -157,15 +157,15 @@ def read_manifest(folder: Path | str) -> Manifest:
         raise CheckpointError(error.problem, _AGAIN) from error
     if not isinstance(data, dict) or not isinstance(data.get("version"), int):
         raise CheckpointError(f"{path} is not the manifest of a model.", "Name another folder.")
-    if data["version"] != VERSION:
+    if not 1 <= data["version"] <= VERSION:
         raise CheckpointError(
-            f"{path} has version {data['version']}, this moejax reads version {VERSION}.",
+            f"{path} has version {data['version']}, this moejax reads versions 1 to {VERSION}.",
             "Load it with the moejax that wrote it.",
         )
     for field, kind in _FIELDS.items():
         if not isinstance(data.get(field), kind):
             raise CheckpointError(f"{path} is damaged: {field!r} is missing or wrong.", _AGAIN)
-    spec, file = from_json(data["spec"]), data["tensors"].get("file")
+    spec, file = from_json(migrated(data)["spec"]), data["tensors"].get("file")
     if not isinstance(spec, ModelSpec):
         raise CheckpointError(f"{path} holds a {type(spec).__name__}, not a ModelSpec.", _AGAIN)
     if not isinstance(file, str) or file in ("", ".", "..") or set(file) & set("/\\:\0"):

@@ -19,7 +19,7 @@ from typing import Protocol
 
 import numpy as np
 
-from moejax.models import ModelSpec
+from moejax.models import AttentionSpec, ModelSpec
 
 _EXPERTS = ".moe.experts."
 
@@ -73,7 +73,7 @@ class PairsToHalves:
     def _width(self, place: Place) -> int:
         assert place.layer is not None
         mixer = place.spec.layers[place.layer].mixer
-        assert mixer is not None
+        assert isinstance(mixer, AttentionSpec)
         return mixer.head_width
 
 

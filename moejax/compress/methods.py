@@ -40,8 +40,20 @@ INPUT_TAPS = {
     "attention.k": taps.ATTENTION_INPUT,
     "attention.v": taps.ATTENTION_INPUT,
     "attention.o": taps.ATTENTION_CONTEXT,
+    "attention.q_down": taps.ATTENTION_INPUT,
+    "attention.kv_down": taps.ATTENTION_INPUT,
+    "attention.q_up": taps.QUERY_LATENT,
+    "attention.kv_up": taps.KV_LATENT,
 }
 """What each matrix of a block is multiplied with."""
+
+RARE_TAPS = {
+    "ffn.gate": taps.DENSE_INPUT,
+    "ffn.up": taps.DENSE_INPUT,
+    "attention.q": taps.FILTERED_INPUT,
+    "attention.k": taps.FILTERED_INPUT,
+}
+"""The same in the few layers that have these taps; they go before `INPUT_TAPS` there."""
 
 
 @spec
@@ -154,10 +166,11 @@ class GPTQ:
         check_that(self.damping >= 0, self, "damping", "0.01 is usual.")
 
     def needs(self, matrix: str) -> tuple[Accumulator, ...]:
-        return (self._moments(matrix), ExpertCounts(), TokenCount())
+        return (*self._moments(matrix), ExpertCounts(), TokenCount())
 
     def inputs(self, matrix: str, stats: LayerStatistics) -> MatrixInputs:
-        moments, tokens = stats[self._moments(matrix).name], stats[TokenCount.name]
+        found = (m.name for m in self._moments(matrix) if m.name in stats)
+        moments, tokens = stats[next(found)], stats[TokenCount.name]
         if not matrix.startswith(EXPERTS):
             return MatrixInputs(moments[0], tokens)
         counts = stats[ExpertCounts.name]
@@ -206,13 +219,15 @@ class GPTQ:
             ~few,
         )
 
-    def _moments(self, matrix: str) -> SecondMoments:
+    def _moments(self, matrix: str) -> tuple[SecondMoments, ...]:
+        """Of its inputs; a layer has those of its rare tap or, behind them, the usual ones."""
         if matrix not in INPUT_TAPS:
             raise SpecError(
                 f"GPTQ knows no inputs of {matrix}.", f"It treats {', '.join(INPUT_TAPS)}."
             )
         rows = self.rows if matrix.startswith(EXPERTS) else Routed()
-        return SecondMoments(tap=INPUT_TAPS[matrix], rows=rows)
+        usual = SecondMoments(tap=INPUT_TAPS[matrix], rows=rows)
+        return (SecondMoments(tap=RARE_TAPS[matrix]), usual) if matrix in RARE_TAPS else (usual,)
 
 
 @jax.jit

@@ -26,7 +26,7 @@ BUILDERS = {  # name -> module:attribute, for what is no spec
     "run": "moejax.config.builders:run",
     "repeat": "moejax.config.builders:repeat",
     "concatenate": "moejax.config.builders:concatenate",
-    "even_attention": "moejax.models.spec:even_attention",
+    "even_attention": "moejax.models.attention:even_attention",
     "PipCorpus": "moejax.data.pip_corpus:PipCorpus",
     "HeldoutSample": "moejax.data.heldout:HeldoutSample",
     "ReferenceHeldout": "moejax.data.heldout:ReferenceHeldout",

@@ -26,6 +26,10 @@ BLOCK_INPUT = "block_input"  # x_BxSxD, the residual stream before the block
 BLOCK_OUTPUT = "block_output"  # x_BxSxD, the residual stream after it
 ATTENTION_INPUT = "attention_input"  # x_BxSxD, after the norm
 ATTENTION_CONTEXT = "attention_context"  # [B, S, H W], what the output projection sees
+FILTERED_INPUT = "filtered_input"  # x_BxSxD behind a local filter, what queries and keys see
+DENSE_INPUT = "dense_input"  # x_TxD, what a dense feed-forward beside the routed one sees
+QUERY_LATENT = "query_latent"  # [B, S, Q], what the up projection of queries sees (MLA)
+KV_LATENT = "kv_latent"  # [B, S, R], what the up projection of keys and values sees (MLA)
 ATTENTION_MASS = (
     "attention_mass"  # [B, S], attention that later tokens pay to each token, mean over heads
 )
@@ -47,6 +51,10 @@ NAMES = frozenset(
         BLOCK_OUTPUT,
         ATTENTION_INPUT,
         ATTENTION_CONTEXT,
+        FILTERED_INPUT,
+        DENSE_INPUT,
+        QUERY_LATENT,
+        KV_LATENT,
         ATTENTION_MASS,
     }
 )

@@ -1,7 +1,33 @@
 """Models: specs, the decoder, sequence state, generation, edits."""
 
 # What a model is
-from moejax.models.spec import AttentionSpec, DenseSpec, LayerSpec, ModelSpec, even_attention
+from moejax.models.spec import DenseSpec, LayerSpec, ModelSpec
+from moejax.models.norm import LayerNorm, NormSpec, RMSNorm
+
+# Mixers
+from moejax.models.mixer import Carry, Mixer, SequenceState
+from moejax.models.attention import (
+    AttentionSpec,
+    EarlierKV,
+    HeadNorm,
+    OwnKV,
+    ProjectionNorm,
+    QKNorm,
+    RotatedHeadNorm,
+    SharedKV,
+    even_attention,
+)
+from moejax.models.local_filter import LocalFilterSpec
+from moejax.models.mla import MLASpec
+from moejax.models.rope import (
+    LinearScaling,
+    Llama3Scaling,
+    LongRope,
+    Rope,
+    RopeScaling,
+    YaRN,
+    yarn_mscale,
+)
 
 # The decoder
 from moejax.models.block import Block
@@ -18,7 +44,12 @@ from moejax.models.decoder import (
 )
 
 # Its parameters by name, its trainable part, its size
-from moejax.models.count import Counts, count_parameters, flops_per_token
+from moejax.models.count import (
+    Counts,
+    cache_bytes_per_token,
+    count_parameters,
+    flops_per_token,
+)
 from moejax.models.parameters import abstract_model, parameters, retyped, with_parameters
 from moejax.models.partition import Structure, combine, partition
 
@@ -31,17 +62,39 @@ from moejax.models.edits import permute_experts, select_experts, with_rule
 __all__ = [
     "AttentionSpec",
     "Block",
+    "Carry",
     "Counts",
     "DecoderLM",
     "DenseSpec",
+    "EarlierKV",
     "Encoding",
     "Greedy",
+    "HeadNorm",
+    "LayerNorm",
     "LayerSpec",
+    "LinearScaling",
+    "Llama3Scaling",
+    "LocalFilterSpec",
+    "LongRope",
+    "MLASpec",
+    "Mixer",
     "ModelSpec",
+    "NormSpec",
     "Output",
+    "OwnKV",
+    "ProjectionNorm",
+    "QKNorm",
+    "RMSNorm",
+    "Rope",
+    "RopeScaling",
+    "RotatedHeadNorm",
     "Sample",
+    "SequenceState",
+    "SharedKV",
     "Structure",
+    "YaRN",
     "abstract_model",
+    "cache_bytes_per_token",
     "combine",
     "count_parameters",
     "encode",
@@ -60,4 +113,5 @@ __all__ = [
     "with_layers",
     "with_parameters",
     "with_rule",
+    "yarn_mscale",
 ]

@@ -1,143 +1,317 @@
-"""Self-attention: rotary positions, grouped query heads, a KV cache that is a plain pytree."""
+"""Softmax attention with grouped query heads and rotary positions, as most released models have it.
+
+What a family adds is an object or a number of `AttentionSpec`; the defaults add nothing.
+"""
 
 from __future__ import annotations
 
-import dataclasses
+from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
 from moejax import weights
-from moejax.core import Taps, compat, taps
+from moejax.core import Taps, check_that, compat, spec, taps
 from moejax.core.taps import Request
-from moejax.models.norm import RMSNorm
-from moejax.models.spec import AttentionSpec
+from moejax.models.local_filter import LocalFilter, LocalFilterSpec
+from moejax.models.mixer import (
+    KV,
+    Carry,
+    SequenceState,
+    append,
+    attend,
+    attention_mass,
+    empty_state,
+    tokens_state,
+    visible,
+)
+from moejax.models.norm import Norm, NormSpec, RMSNorm
+from moejax.models.rope import Rope
 from moejax.moe import draw
 
+Turn = Callable[[Array], Array]
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class KVState:
-    """Keys and values of a sequence so far, [B, S, H, W]; what lies where, [B, S]; slots used."""
 
-    key: Array
-    value: Array
-    position_BxS: Array
-    valid_BxS: Array
-    used: Array
+@runtime_checkable
+class QKNorm(Protocol):
+    """A norm of queries and of keys, and its place beside the rotation; a spec."""
+
+    norm: NormSpec
+
+    def width(self, heads: int, head_width: int) -> int:
+        """Of the learned scale."""
+        ...
+
+    def __call__(self, norm: Norm, turn: Turn, x_BxSxHxW: Array) -> Array:
+        """The projections normed and turned."""
+        ...
+
+
+@spec
+class ProjectionNorm:
+    """One norm over all heads together, before the rotation (OLMoE, arXiv:2409.02060)."""
+
+    norm: NormSpec = RMSNorm()
+
+    def width(self, heads: int, head_width: int) -> int:
+        return heads * head_width
+
+    def __call__(self, norm: Norm, turn: Turn, x_BxSxHxW: Array) -> Array:
+        B, S, _, _ = x_BxSxHxW.shape
+        return turn(norm(x_BxSxHxW.reshape(B, S, -1)).reshape(x_BxSxHxW.shape))
+
+
+@spec
+class HeadNorm:
+    """A norm of each head, before the rotation (Qwen3-MoE, GLM-4-MoE)."""
+
+    norm: NormSpec = RMSNorm()
+
+    def width(self, heads: int, head_width: int) -> int:
+        return head_width
+
+    def __call__(self, norm: Norm, turn: Turn, x_BxSxHxW: Array) -> Array:
+        return turn(norm(x_BxSxHxW))
+
+
+@spec
+class RotatedHeadNorm:
+    """A norm of each head, after the rotation (Hunyuan)."""
+
+    norm: NormSpec = RMSNorm()
+
+    def width(self, heads: int, head_width: int) -> int:
+        return head_width
+
+    def __call__(self, norm: Norm, turn: Turn, x_BxSxHxW: Array) -> Array:
+        return norm(turn(x_BxSxHxW))
+
+
+@spec
+class OwnKV:
+    """Keys and values of the layer's own, seen by no other layer."""
+
+
+@spec
+class SharedKV:
+    """Keys and values of the layer's own, which layers with `EarlierKV` above it read too."""
+
+
+@spec
+class EarlierKV:
+    """The keys and values of the last layer with `SharedKV`; none in the parameters or the cache.
+
+    Cross-layer attention (arXiv:2405.12981). Keys come as they were before their norm, where there
+    is one: each layer norms them with its own scale (Hunyuan-Large, arXiv:2411.02265).
+    """
+
+
+@spec
+class AttentionSpec:
+    """Causal self-attention with grouped query heads (arXiv:1706.03762, arXiv:2305.13245).
+
+    rope: None for no positions. qkv_bias, o_bias: vectors added to projections. kv: whose keys and
+    values. window: a token sees the last `window` tokens, itself among them; the cache holds all.
+    sinks: a learned logit per head that takes part in the softmax and gives no value (gpt-oss).
+    clip: queries, keys and values are cut to +-clip before the rotation. soft_cap: c of
+    c tanh(logit / c). scale: of logits, None for head_width^-0.5. filter: what queries and keys are
+    projected from instead of x.
+    """
+
+    heads: int
+    kv_heads: int
+    head_width: int
+    rope: Rope | None = Rope()
+    qk_norm: QKNorm | None = None
+    qkv_bias: bool = False
+    o_bias: bool = False
+    kv: OwnKV | SharedKV | EarlierKV = OwnKV()
+    window: int | None = None
+    sinks: bool = False
+    clip: float | None = None
+    soft_cap: float | None = None
+    scale: float | None = None
+    filter: LocalFilterSpec | None = None
+
+    def check(self) -> None:
+        for field in ("heads", "kv_heads", "head_width"):
+            check_that(getattr(self, field) >= 1, self, field, "It must be at least 1.")
+        check_that(
+            self.heads % self.kv_heads == 0,
+            self,
+            "kv_heads",
+            f"It must divide heads = {self.heads}.",
+        )
+        if self.rope is not None:
+            self.rope.check_head(self.head_width, self, "head_width")
+        for field in ("window", "clip", "soft_cap", "scale"):
+            value = getattr(self, field)
+            check_that(value is None or value > 0, self, field, "It must be above 0, or None.")
+        late = self.qk_norm is None or isinstance(self.qk_norm, RotatedHeadNorm)
+        check_that(
+            late or isinstance(self.kv, OwnKV),
+            self,
+            "qk_norm",
+            "Shared keys are normed by each layer after the rotation: use RotatedHeadNorm or None.",
+        )
+        check_that(
+            self.filter is None or not isinstance(self.kv, EarlierKV),
+            self,
+            "filter",
+            "A layer without keys of its own has nothing to filter for.",
+        )
+
+    @property
+    def context_width(self) -> int:
+        return self.heads * self.head_width
+
+    @property
+    def cached_per_token(self) -> int:
+        return 0 if isinstance(self.kv, EarlierKV) else 2 * self.kv_heads * self.head_width
+
+    @property
+    def reads(self) -> frozenset[str]:
+        return frozenset({KV} if isinstance(self.kv, EarlierKV) else ())
+
+    @property
+    def writes(self) -> frozenset[str]:
+        return frozenset({KV} if isinstance(self.kv, SharedKV) else ())
+
+    def build(self, width: int, scale: float, *, rngs: nnx.Rngs) -> Attention:
+        return Attention(self, width, scale, rngs=rngs)
+
+    def init_state(self, width: int, batch: int, length: int, dtype: Any) -> SequenceState | None:
+        if isinstance(self.kv, EarlierKV):
+            return None
+        row = (self.kv_heads, self.head_width)
+        recurrent = None if self.filter is None else self.filter.init_state(width, batch, dtype)
+        return empty_state((row, row), batch, length, dtype, recurrent)
+
+    def multiply_adds(self, context: int) -> int:
+        seen = context if self.window is None else min(context, self.window)
+        return 2 * self.heads * self.head_width * seen
 
 
 class Attention(nnx.Module):
-    """softmax(q k^T / sqrt(W)) v over earlier valid tokens (arXiv:1706.03762, arXiv:2104.09864).
+    """softmax(q k^T * scale) v over the tokens seen.
 
-    q: [D, H W], k and v: [D, KV W], o: [H W, D].
+    q: [D, H W], k and v: [D, KV W], o: [H W, D]; q_bias, k_bias, v_bias, o_bias; sinks: [H].
     """
 
-    def __init__(
-        self, spec: AttentionSpec, width: int, scale: float, epsilon: float, *, rngs: nnx.Rngs
-    ):
+    def __init__(self, spec: AttentionSpec, width: int, scale: float, *, rngs: nnx.Rngs):
         self.spec = spec
         query, shared = spec.heads * spec.head_width, spec.kv_heads * spec.head_width
+        own = not isinstance(spec.kv, EarlierKV)
         self.q = nnx.Param(draw(rngs, (width, query), scale))
-        self.k = nnx.Param(draw(rngs, (width, shared), scale))
-        self.v = nnx.Param(draw(rngs, (width, shared), scale))
+        self.k = nnx.Param(draw(rngs, (width, shared), scale)) if own else None
+        self.v = nnx.Param(draw(rngs, (width, shared), scale)) if own else None
         self.o = nnx.Param(draw(rngs, (query, width), scale))
-        self.q_norm = RMSNorm(query, epsilon) if spec.qk_norm else None
-        self.k_norm = RMSNorm(shared, epsilon) if spec.qk_norm else None
+        self.q_bias = _zeros(query) if spec.qkv_bias else None
+        self.k_bias = _zeros(shared) if spec.qkv_bias and own else None
+        self.v_bias = _zeros(shared) if spec.qkv_bias and own else None
+        self.o_bias = _zeros(width) if spec.o_bias else None
+        self.sinks = _zeros(spec.heads) if spec.sinks else None
+        norm = spec.qk_norm
+        self.q_norm = Norm(norm.norm, norm.width(spec.heads, spec.head_width)) if norm else None
+        self.k_norm = Norm(norm.norm, norm.width(spec.kv_heads, spec.head_width)) if norm else None
+        self.filter = LocalFilter(spec.filter, width, scale, rngs=rngs) if spec.filter else None
 
     def __call__(
         self,
         x_BxSxD: Array,
-        state: KVState | None,
+        state: SequenceState | None,
         position_BxS: Array,
         mask_BxS: Array,
         request: Request,
-    ) -> tuple[Array, KVState | None, Taps]:
+        carry: Carry,
+    ) -> tuple[Array, SequenceState | None, Taps, Carry]:
         spec = self.spec
-        B, S, _ = x_BxSxD.shape
-        q = weights.matmul(x_BxSxD, compat.read(self.q))
-        k = weights.matmul(x_BxSxD, compat.read(self.k))
-        v = weights.matmul(x_BxSxD, compat.read(self.v))
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q = rotate(q.reshape(B, S, spec.heads, spec.head_width), position_BxS, spec.rope_base)
-        k = rotate(k.reshape(B, S, spec.kv_heads, spec.head_width), position_BxS, spec.rope_base)
-        v = v.reshape(B, S, spec.kv_heads, spec.head_width)
-        seen = KVState(k, v, position_BxS, mask_BxS, jnp.asarray(S, jnp.int32))
-        if state is not None:
-            seen = state = _append(state, seen)
-        y, share = _attend(q, position_BxS, seen)
-        context_BxSxC = y.reshape(B, S, -1)
-        y_BxSxD = weights.matmul(context_BxSxC, compat.read(self.o))
-        asked = {taps.ATTENTION_INPUT: x_BxSxD, taps.ATTENTION_CONTEXT: context_BxSxC}
-        found = taps.collect(request, **asked)
+        sees_BxSxD, recurrent = x_BxSxD, None
+        if self.filter is not None:
+            before = None if state is None else state.recurrent
+            sees_BxSxD, recurrent = self.filter(x_BxSxD, before, mask_BxS)
+        turn = self._turn(position_BxS, mask_BxS)
+        q = self._heads(sees_BxSxD, self.q, self.q_bias, spec.heads)
+        q = self._placed(q, self.q_norm, turn)
+        if self.k is None or self.v is None:
+            seen = carry[KV]
+        else:
+            k = self._heads(sees_BxSxD, self.k, self.k_bias, spec.kv_heads)
+            v = self._clip(self._heads(x_BxSxD, self.v, self.v_bias, spec.kv_heads))
+            k = self._placed(k, None if self._norms_late else self.k_norm, turn)
+            seen = append(state, tokens_state((k, v), position_BxS, mask_BxS, recurrent))
+            state = None if state is None else seen
+        key, value = seen.cached
+        if self._norms_late and self.k_norm is not None:
+            key = self.k_norm(key)
+        y, share = attend(
+            q,
+            key,
+            value,
+            visible(position_BxS, seen, spec.window),
+            spec.head_width**-0.5 if spec.scale is None else spec.scale,
+            spec.soft_cap,
+            None if self.sinks is None else compat.read(self.sinks),
+        )
+        context_BxSxC = y.reshape(*x_BxSxD.shape[:2], -1)
+        y_BxSxD = project(context_BxSxC, self.o, self.o_bias)
+        found = Taps()
         if taps.ATTENTION_MASS in request:
-            found = found.merged(
-                Taps({taps.ATTENTION_MASS: _mass(share, position_BxS, seen, mask_BxS)})
-            )
-        return y_BxSxD, state, found
+            mass_BxS = attention_mass(share, position_BxS, seen, mask_BxS)
+            found = Taps({taps.ATTENTION_MASS: mass_BxS})
+        asked = {taps.ATTENTION_INPUT: x_BxSxD, taps.ATTENTION_CONTEXT: context_BxSxC}
+        if self.filter is not None:
+            asked[taps.FILTERED_INPUT] = sees_BxSxD
+        written = {KV: seen} if isinstance(spec.kv, SharedKV) else {}
+        return y_BxSxD, state, found.merged(taps.collect(request, **asked)), written
+
+    @property
+    def _norms_late(self) -> bool:
+        """Whether keys are normed when they are read: other layers norm them differently."""
+        return not isinstance(self.spec.kv, OwnKV)
+
+    def _placed(self, x_BxSxHxW: Array, norm: Norm | None, turn: Turn) -> Array:
+        """Queries or keys at their positions, with their norm where it belongs."""
+        if self.spec.qk_norm is None or norm is None:
+            return turn(x_BxSxHxW)
+        return self.spec.qk_norm(norm, turn, x_BxSxHxW)
+
+    def _heads(
+        self, x_BxSxD: Array, matrix: nnx.Param, bias: nnx.Param | None, heads: int
+    ) -> Array:
+        """The projection, cut into heads: [B, S, H, W]."""
+        y = project(x_BxSxD, matrix, bias)
+        return y.reshape(*x_BxSxD.shape[:2], heads, self.spec.head_width)
+
+    def _turn(self, position_BxS: Array, mask_BxS: Array) -> Turn:
+        """Clips and rotates: what is done to queries and keys besides their norm."""
+        rope = self.spec.rope
+        if rope is None:
+            return self._clip
+        rotate = rope.rotation(self.spec.head_width, position_BxS, mask_BxS)
+        return lambda x: rotate(self._clip(x))
+
+    def _clip(self, x: Array) -> Array:
+        limit = self.spec.clip
+        return x if limit is None else jnp.clip(x, -limit, limit)
 
 
-def init_kv(spec: AttentionSpec, batch: int, length: int, dtype: jnp.dtype) -> KVState:
-    """An empty cache for `length` tokens."""
-    shape = (batch, length, spec.kv_heads, spec.head_width)
-    return KVState(
-        key=jnp.zeros(shape, dtype),
-        value=jnp.zeros(shape, dtype),
-        position_BxS=jnp.zeros((batch, length), jnp.int32),
-        valid_BxS=jnp.zeros((batch, length), bool),
-        used=jnp.zeros((), jnp.int32),
-    )
+def project(x: Array, matrix: nnx.Param, bias: nnx.Param | None) -> Array:
+    """x W, and + b where there is one; W in any format."""
+    y = weights.matmul(x, compat.read(matrix))
+    return y if bias is None else y + compat.read(bias).astype(y.dtype)
 
 
-def rotate(x_BxSxHxW: Array, position_BxS: Array, base: float) -> Array:
-    """Rotary positions in half-rotation layout: pairs are (i, i + W/2); computed in float32."""
-    half = x_BxSxHxW.shape[-1] // 2
-    frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = position_BxS[..., None, None].astype(jnp.float32) * frequency
-    first, second = jnp.split(x_BxSxHxW.astype(jnp.float32), 2, axis=-1)
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(x_BxSxHxW.dtype)
+def even_attention(
+    width: int, heads: int, kv_heads: int, rope: Rope | None = Rope()
+) -> AttentionSpec:
+    """Attention whose heads share the model width D evenly; SpecError if they cannot."""
+    probe = AttentionSpec(heads=heads, kv_heads=kv_heads, head_width=2, rope=None)
+    check_that(width % heads == 0, probe, "heads", f"It must divide the model width {width}.")
+    return AttentionSpec(heads=heads, kv_heads=kv_heads, head_width=width // heads, rope=rope)
 
 
-def _append(state: KVState, new: KVState) -> KVState:
-    def put(old: Array, value: Array) -> Array:
-        start = (0, state.used) + (0,) * (old.ndim - 2)
-        return jax.lax.dynamic_update_slice(old, value.astype(old.dtype), start)
-
-    return KVState(
-        key=put(state.key, new.key),
-        value=put(state.value, new.value),
-        position_BxS=put(state.position_BxS, new.position_BxS),
-        valid_BxS=put(state.valid_BxS, new.valid_BxS),
-        used=state.used + new.used,
-    )
-
-
-def _attend(q: Array, position_BxS: Array, seen: KVState) -> tuple[Array, Array]:
-    """Outputs [B, S, H, W] and attention shares [B, KV, H/KV, S, S'] in float32."""
-    B, S, H, W = q.shape
-    KV = seen.key.shape[2]
-    grouped = q.reshape(B, S, KV, H // KV, W)
-    scores = jnp.einsum(
-        "bskgw,btkw->bkgst",
-        grouped,
-        seen.key.astype(q.dtype),
-        preferred_element_type=jnp.float32,
-    )
-    earlier = seen.position_BxS[:, None, :] <= position_BxS[:, :, None]
-    allowed = (earlier & seen.valid_BxS[:, None, :])[:, None, None]
-    scores = jnp.where(allowed, scores * W**-0.5, jnp.finfo(jnp.float32).min)
-    share = jax.nn.softmax(scores, axis=-1)
-    y = jnp.einsum("bkgst,btkw->bskgw", share.astype(q.dtype), seen.value.astype(q.dtype))
-    return y.reshape(B, S, H, W), share
-
-
-def _mass(share: Array, position_BxS: Array, seen: KVState, mask_BxS: Array) -> Array:
-    """Mean attention that later valid tokens pay to each token: [B, S']; 0 for the last."""
-    later = (position_BxS[:, :, None] > seen.position_BxS[:, None, :]) & mask_BxS[:, :, None]
-    paid = jnp.sum(share.mean(axis=(1, 2)) * later, axis=1)
-    return paid / jnp.maximum(jnp.sum(later, axis=1), 1)
+def _zeros(width: int) -> nnx.Param:
+    return nnx.Param(jnp.zeros(width, jnp.float32))

@@ -13,76 +13,105 @@ from jax import Array
 
 from moejax.core import Taps, taps
 from moejax.core.taps import Request
-from moejax.models.attention import Attention, KVState
-from moejax.models.norm import RMSNorm
+from moejax.models.mixer import Carry, SequenceState
+from moejax.models.norm import Norm
 from moejax.models.spec import DenseSpec, LayerSpec, ModelSpec
 from moejax.moe import GatedFFN, MoELayer, MoESpec, RouterContext, Routing
 
 
 class Block(nnx.Module):
-    """x + mixer(norm(x)), then x + ffn(norm(x)); a dropped part leaves x as it is."""
+    """h = x + mixer(norm(x)), then h + ffn(norm(h)); a dropped part leaves its input as it is.
+
+    With a dense residual: h + ffn(norm(h)) + moe(norm(x)).
+    """
 
     def __init__(self, layer: LayerSpec, model: ModelSpec, *, rngs: nnx.Rngs):
         self.spec = layer
-        width, scale, epsilon = model.width, model.init_scale, model.norm_epsilon
-        mixer, ffn = layer.mixer, layer.ffn
-        mixes = mixer is not None
-        self.attention_norm = RMSNorm(width, epsilon) if mixes else None
-        self.attention = Attention(mixer, width, scale, epsilon, rngs=rngs) if mixes else None
-        self.ffn_norm = RMSNorm(width, epsilon) if ffn is not None else None
+        self.multiplier = model.residual_multiplier
+        width, scale = model.width, model.init_scale
+        mixer, ffn, beside = layer.mixer, layer.ffn, layer.dense_residual
+
+        def norm(exists: bool) -> Norm | None:
+            return Norm(model.norm, width) if exists else None
+
+        self.attention_norm = norm(mixer is not None)
+        self.attention = mixer.build(width, scale, rngs=rngs) if mixer is not None else None
+        self.attention_post_norm = norm(mixer is not None and model.post_norm)
+        self.ffn_norm = norm(ffn is not None)
         self.moe = MoELayer(ffn, width, scale, rngs=rngs) if isinstance(ffn, MoESpec) else None
         self.ffn = _dense(ffn, width, scale, rngs) if isinstance(ffn, DenseSpec) else None
+        if beside is not None:
+            self.ffn = _dense(beside, width, scale, rngs)
+        self.moe_norm = norm(beside is not None)
+        self.ffn_post_norm = norm(ffn is not None and model.post_norm)
 
     def __call__(
         self,
         x_BxSxD: Array,
-        state: KVState | None,
+        state: SequenceState | None,
         position_BxS: Array,
         mask_BxS: Array,
         context: RouterContext,
         request: Request,
-    ) -> tuple[Array, KVState | None, Routing | None, Taps]:
-        found, routing = taps.collect(request, block_input=x_BxSxD), None
+        carry: Carry,
+    ) -> tuple[Array, SequenceState | None, Routing | None, Taps, Carry]:
+        """The stream after the block, its state, its routing, taps, and what it `writes`."""
+        found, routing, written = taps.collect(request, block_input=x_BxSxD), None, {}
+        h_BxSxD = x_BxSxD
         if self.attention is not None and self.attention_norm is not None:
-            normed = self.attention_norm(x_BxSxD)
             asked = request | {taps.ATTENTION_MASS} if self._rules_read_attention else request
-            first = None if state is None else state.used
-            y_BxSxD, state, mixed = self.attention(normed, state, position_BxS, mask_BxS, asked)
-            x_BxSxD = x_BxSxD + y_BxSxD
+            y_BxSxD, state, mixed, written = self.attention(
+                self.attention_norm(x_BxSxD), state, position_BxS, mask_BxS, asked, carry
+            )
+            h_BxSxD = self._added(x_BxSxD, y_BxSxD, self.attention_post_norm)
             if self._rules_read_attention:
-                context = _with_attention(context, mixed[taps.ATTENTION_MASS], first, mask_BxS)
+                context = _with_attention(context, mixed[taps.ATTENTION_MASS])
             found = found.merged(taps.collect(request, **mixed.values))
-        if self.ffn_norm is not None:
-            x_TxD = self.ffn_norm(x_BxSxD).reshape(-1, x_BxSxD.shape[-1])
-            if self.moe is not None:
-                y_TxD, routing, routed = self.moe(x_TxD, context, request)
-                found = found.merged(routed)
-            else:
-                assert self.ffn is not None
-                hidden_TxF = self.ffn.hidden(x_TxD)
-                y_TxD = self.ffn.project(hidden_TxF)
-                found = found.merged(taps.collect(request, ffn_hidden=hidden_TxF))
-            found = found.merged(taps.collect(request, ffn_input=x_TxD, ffn_output=y_TxD))
-            x_BxSxD = x_BxSxD + y_TxD.reshape(x_BxSxD.shape)
-        return x_BxSxD, state, routing, found.merged(taps.collect(request, block_output=x_BxSxD))
+        out_BxSxD = h_BxSxD
+        if self.moe is not None:
+            normed = self._normed(self.ffn_norm, h_BxSxD)
+            if self.moe_norm is not None:
+                normed = self._normed(self.moe_norm, x_BxSxD)
+            y_TxD, routing, routed = self.moe(normed, context, request)
+            out_BxSxD = self._added(out_BxSxD, y_TxD, self.ffn_post_norm)
+            found = found.merged(routed)
+            found = found.merged(taps.collect(request, ffn_input=normed, ffn_output=y_TxD))
+        if self.ffn is not None:
+            normed = self._normed(self.ffn_norm, h_BxSxD)
+            hidden_TxF = self.ffn.hidden(normed)
+            y_TxD = self.ffn.project(hidden_TxF)
+            out_BxSxD = self._added(out_BxSxD, y_TxD, self.ffn_post_norm)
+            found = found.merged(taps.collect(request, ffn_hidden=hidden_TxF))
+            seen = {taps.DENSE_INPUT: normed}
+            if self.moe is None:
+                seen = {taps.FFN_INPUT: normed, taps.FFN_OUTPUT: y_TxD}
+            found = found.merged(taps.collect(request, **seen))
+        found = found.merged(taps.collect(request, block_output=out_BxSxD))
+        return out_BxSxD, state, routing, found, written
 
     @property
     def _rules_read_attention(self) -> bool:
         ffn = self.spec.ffn
-        return isinstance(ffn, MoESpec) and any(rule.uses_attention for rule in ffn.rules)
+        reads = isinstance(ffn, MoESpec) and any(rule.uses_attention for rule in ffn.rules)
+        return reads and self.attention is not None
+
+    def _added(self, x_BxSxD: Array, y: Array, post_norm: Norm | None) -> Array:
+        """x + multiplier * post_norm(y)."""
+        y = y if post_norm is None else post_norm(y)
+        y = y if self.multiplier == 1 else y * self.multiplier
+        return x_BxSxD + y.reshape(x_BxSxD.shape)
+
+    @staticmethod
+    def _normed(norm: Norm | None, x_BxSxD: Array) -> Array:
+        """x_TxD."""
+        assert norm is not None
+        return norm(x_BxSxD).reshape(-1, x_BxSxD.shape[-1])
 
 
-def _with_attention(
-    context: RouterContext, mass_BxS: Array, first: Array | None, mask_BxS: Array
-) -> RouterContext:
-    """The context with the attention mass of its tokens, unless a single one is decoded.
-
-    first: where they lie in a cache, None without one.
-    """
-    if mask_BxS.shape[1] == 1:
+def _with_attention(context: RouterContext, mass_BxS: Array) -> RouterContext:
+    """The context with the attention mass of its tokens, unless a single one is decoded."""
+    if mass_BxS.shape[1] == 1:
         return context
-    if first is not None:
-        mass_BxS = jax.lax.dynamic_slice_in_dim(mass_BxS, first, mask_BxS.shape[1], axis=1)
     return dataclasses.replace(context, attention_T=mass_BxS.reshape(-1))
 
 

@@ -1,13 +1,16 @@
-"""How many parameters a model has, and how many a token meets."""
+"""How many parameters a model has, how many a token meets, and what it costs and leaves behind."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
+
+import jax.numpy as jnp
 
 from moejax import weights
 from moejax.models.parameters import abstract_model, parameters
-from moejax.models.spec import AttentionSpec, ModelSpec
+from moejax.models.spec import ModelSpec
 from moejax.moe import MoESpec
 
 
@@ -16,7 +19,8 @@ class Counts:
     """Parameters in all, and active per token under the three rules of published figures.
 
     active: both embedding matrices counted (Mixtral, OLMoE); active_without_input_embedding: the
-    output matrix only (DeepSeek-V3); active_without_embeddings: neither (MiniMax-01).
+    output matrix only (DeepSeek-V3); active_without_embeddings: neither (MiniMax-01). A tied matrix
+    counts once in `active` and is the input embedding that the other two leave out.
     """
 
     total: int
@@ -26,26 +30,37 @@ class Counts:
 
 
 def count_parameters(spec: ModelSpec) -> Counts:
-    """Counts from the spec alone; a tied matrix, left out as input, still counts as output."""
+    """Counts from the spec alone; tables and router state, which never train, are left out."""
     sizes = {
         name: math.prod(weights.shape(value))
         for name, value in parameters(abstract_model(spec)).items()
-        if ".slots" not in name and ".selector." not in name
+        if not any(word in name for word in (".slots", ".selector.", ".rules."))
     }
     idle = sum(_idle(spec, name, size) for name, size in sizes.items())
     total = sum(sizes.values())
     active = total - idle
-    output = sizes["embed"] if spec.tie_embeddings else sizes["head"]
-    without_input = active if spec.tie_embeddings else active - sizes["embed"]
+    without_input = active - sizes["embed"]
+    output = sum(sizes.get(name, 0) for name in ("head", "head_bias"))
     return Counts(total, active, without_input, without_input - output)
 
 
 def flops_per_token(spec: ModelSpec, context: int) -> int:
     """Forward multiply-adds times two of one token that attends to `context` tokens."""
-    matrices = count_parameters(spec).active_without_input_embedding
-    mixers = [layer.mixer for layer in spec.layers if isinstance(layer.mixer, AttentionSpec)]
-    attended = sum(2 * mixer.heads * mixer.head_width * context for mixer in mixers)
-    return 2 * (matrices + attended)
+    counts = count_parameters(spec)
+    matrices = counts.active_without_input_embedding
+    if spec.tie_embeddings:
+        matrices += spec.vocab * spec.width  # the one matrix gives the logits
+    mixers = [layer.mixer for layer in spec.layers if layer.mixer is not None]
+    return 2 * (matrices + sum(mixer.multiply_adds(context) for mixer in mixers))
+
+
+def cache_bytes_per_token(spec: ModelSpec, dtype: Any = jnp.bfloat16) -> int:
+    """What every further token of a sequence adds to the state of all layers.
+
+    Keys and values, or a latent and its rotated key; masks and positions are not counted.
+    """
+    mixers = [layer.mixer for layer in spec.layers if layer.mixer is not None]
+    return jnp.dtype(dtype).itemsize * sum(mixer.cached_per_token for mixer in mixers)
 
 
 def _idle(spec: ModelSpec, name: str, size: int) -> int:

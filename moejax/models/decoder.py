@@ -13,9 +13,9 @@ from jax import Array
 from moejax import weights
 from moejax.core import Taps, compat, keys
 from moejax.core.taps import NOTHING, Request
-from moejax.models.attention import KVState, init_kv
 from moejax.models.block import Block, run_length, stack, unstack
-from moejax.models.norm import RMSNorm
+from moejax.models.mixer import Carry
+from moejax.models.norm import Norm
 from moejax.models.spec import ModelSpec
 from moejax.moe import RouterContext, Routing, draw
 
@@ -29,12 +29,14 @@ class DecoderLM(nnx.Module):
         self.spec = spec
         self.embed = nnx.Param(draw(rngs, (spec.vocab, spec.width), spec.init_scale))
         self.runs = nnx.List(stack([Block(layer, spec, rngs=rngs) for layer in spec.layers]))
-        self.final_norm = RMSNorm(spec.width, spec.norm_epsilon)
+        self.final_norm = Norm(spec.norm, spec.width)
         self.head = (
             None
             if spec.tie_embeddings
             else nnx.Param(draw(rngs, (spec.width, spec.vocab), spec.init_scale))
         )
+        bias = jnp.zeros(spec.vocab, jnp.float32)
+        self.head_bias = nnx.Param(bias) if spec.head_bias else None
 
 
 @jax.tree_util.register_dataclass
@@ -72,7 +74,14 @@ def project(model: DecoderLM, hidden: Array) -> Array:
         logits = jnp.einsum("...d,vd->...v", hidden, table_VxD, preferred_element_type=jnp.float32)
     else:
         logits = weights.matmul(hidden.astype(jnp.float32), compat.read(model.head))
-    return logits.astype(jnp.float32)
+    logits, spec = logits.astype(jnp.float32), model.spec
+    if model.head_bias is not None:
+        logits = logits + compat.read(model.head_bias).astype(jnp.float32)
+    if spec.logits_multiplier != 1:
+        logits = logits * spec.logits_multiplier
+    if spec.logits_soft_cap is not None:
+        logits = spec.logits_soft_cap * jnp.tanh(logits / spec.logits_soft_cap)
+    return logits
 
 
 def encode(
@@ -97,22 +106,24 @@ def encode(
     mask_BxS = jnp.ones(tokens_BxS.shape, bool) if mask_BxS is None else mask_BxS
     if positions_BxS is None:
         positions_BxS = _positions(tokens_BxS)
-    x_BxSxD = lookup(compat.read(model.embed), tokens_BxS, dtype)
+    x_BxSxD = lookup(model.spec, compat.read(model.embed), tokens_BxS, dtype)
     context = _context(tokens_BxS, mask_BxS, train)
     routings: list[Routing | None] = []
     found: list[Taps] = []
     states: list[Any] = []
+    carry: Carry = {}
     for index, run in enumerate(model.runs):
         length = run_length(run)
         first = len(routings)
         layer_keys = None if key is None else keys.fold_each(key, jnp.arange(first, first + length))
-        x_BxSxD, after, routed, tapped = _scan(
+        x_BxSxD, after, routed, tapped, written = _scan(
             run,
             x_BxSxD,
             None if state is None else state[index],
-            (positions_BxS, mask_BxS, context, request),
+            (positions_BxS, mask_BxS, context, request, carry),
             layer_keys,
         )
+        carry = {**carry, **written}
         states.append(after)
         routings += _by_layer(routed, length)
         found += _by_layer(tapped, length)
@@ -124,18 +135,26 @@ def encode(
     )
 
 
-def lookup(table_VxD: Any, tokens_BxS: Array, dtype: Any = jnp.float32) -> Array:
+def lookup(spec: ModelSpec, table_VxD: Any, tokens_BxS: Array, dtype: Any = jnp.float32) -> Array:
     """x_BxSxD, what the first block of a model sees; table_VxD: its `embed`, in any format."""
-    return weights.materialize(table_VxD, dtype)[tokens_BxS]
+    x_BxSxD = weights.materialize(table_VxD, dtype)[tokens_BxS]
+    return x_BxSxD if spec.embedding_multiplier == 1 else x_BxSxD * spec.embedding_multiplier
 
 
 def run_block(
-    block: Block, x_BxSxD: Array, tokens_BxS: Array, mask_BxS: Array, request: Request
-) -> tuple[Array, Taps]:
-    """One block on whole texts, as `encode` runs it: the next block's input, and the taps."""
+    block: Block,
+    x_BxSxD: Array,
+    tokens_BxS: Array,
+    mask_BxS: Array,
+    request: Request,
+    carry: Carry,
+) -> tuple[Array, Taps, Carry]:
+    """One block on whole texts, as `encode` runs it: the next block's input, taps, and carry."""
     context = _context(tokens_BxS, mask_BxS, train=False)
-    x_BxSxD, _, _, found = block(x_BxSxD, None, _positions(tokens_BxS), mask_BxS, context, request)
-    return x_BxSxD, found
+    x_BxSxD, _, _, found, written = block(
+        x_BxSxD, None, _positions(tokens_BxS), mask_BxS, context, request, carry
+    )
+    return x_BxSxD, found, {**carry, **written}
 
 
 def _positions(tokens_BxS: Array) -> Array:
@@ -154,21 +173,21 @@ def _context(tokens_BxS: Array, mask_BxS: Array, train: bool) -> RouterContext:
 
 def _scan(
     run: Block, x: Array, state: Any, fixed: tuple, layer_keys: Array | None
-) -> tuple[Array, Any, Any, Taps]:
+) -> tuple[Array, Any, Any, Taps, Carry]:
     graphdef, stacked = nnx.split(run)
-    positions_BxS, mask_BxS, context, request = fixed
+    positions_BxS, mask_BxS, context, request, carry = fixed
 
     def body(x: Array, layer: tuple) -> tuple[Array, tuple]:
         parameters, layer_state, layer_key = layer
         block = nnx.merge(graphdef, parameters)
         inside = dataclasses.replace(context, key=layer_key)
-        x, after, routing, found = block(x, layer_state, positions_BxS, mask_BxS, inside, request)
-        return x, (after, routing, found)
+        x, *rest = block(x, layer_state, positions_BxS, mask_BxS, inside, request, carry)
+        return x, tuple(rest)
 
-    x, (after, routings, found) = jax.lax.scan(
+    x, (after, routings, found, written) = jax.lax.scan(
         body, x, (stacked, state, layer_keys), length=run_length(run)
     )
-    return x, after, routings, found
+    return x, after, routings, found, jax.tree.map(lambda a: a[-1], written)
 
 
 def _by_layer(stacked: Any, length: int) -> list[Any]:
@@ -177,13 +196,14 @@ def _by_layer(stacked: Any, length: int) -> list[Any]:
 
 def init_state(model: DecoderLM, batch: int, length: int, dtype: Any = jnp.float32) -> State:
     """An empty sequence state for `length` tokens, one entry per run, led by the layer axis."""
-    return tuple(_run_state(run, batch, length, dtype) for run in model.runs)
+    width = model.spec.width
+    return tuple(_run_state(run, width, batch, length, dtype) for run in model.runs)
 
 
-def _run_state(run: Block, batch: int, length: int, dtype: Any) -> KVState | None:
+def _run_state(run: Block, width: int, batch: int, length: int, dtype: Any) -> Any:
     if run.spec.mixer is None:
         return None
-    one = init_kv(run.spec.mixer, batch, length, dtype)
+    one = run.spec.mixer.init_state(width, batch, length, dtype)
     return jax.tree.map(lambda a: jnp.broadcast_to(a, (run_length(run), *a.shape)), one)
 
 

@@ -2,35 +2,10 @@
 
 from __future__ import annotations
 
-from moejax.core import check_that, spec
+from moejax.core import SpecError, check_that, spec
+from moejax.models.mixer import Mixer
+from moejax.models.norm import NormSpec, RMSNorm
 from moejax.moe import Activation, MoESpec, SiLU
-
-
-@spec
-class AttentionSpec:
-    """Causal self-attention with rotary positions and grouped query heads (arXiv:2305.13245).
-
-    qk_norm: an RMSNorm over the whole query and key projections before the heads are split (OLMoE).
-    """
-
-    heads: int
-    kv_heads: int
-    head_width: int
-    rope_base: float = 10_000.0
-    qk_norm: bool = False
-
-    def check(self) -> None:
-        for field in ("heads", "kv_heads", "head_width"):
-            check_that(getattr(self, field) >= 1, self, field, "It must be at least 1.")
-        check_that(
-            self.heads % self.kv_heads == 0,
-            self,
-            "kv_heads",
-            f"It must divide heads = {self.heads}.",
-        )
-        check_that(
-            self.head_width % 2 == 0, self, "head_width", "Rotary positions need an even width."
-        )
 
 
 @spec
@@ -46,46 +21,82 @@ class DenseSpec:
 
 @spec
 class LayerSpec:
-    """One block: a mixer and a feed-forward; None where it was dropped."""
+    """One block: a mixer and a feed-forward; None where it was dropped.
 
-    mixer: AttentionSpec | None
+    dense_residual: a dense feed-forward beside the routed `ffn`; it takes what the mixer made of
+    the block's input, the routed one the input itself, and both are added (Snowflake Arctic).
+    """
+
+    mixer: Mixer | None
     ffn: MoESpec | DenseSpec | None
+    dense_residual: DenseSpec | None = None
+
+    def check(self) -> None:
+        check_that(
+            self.dense_residual is None or isinstance(self.ffn, MoESpec),
+            self,
+            "dense_residual",
+            "It stands beside routed experts; a layer without them has its dense one as ffn.",
+        )
+
+    @property
+    def reads(self) -> frozenset[str]:
+        """What the layer takes from layers below it besides the residual stream."""
+        return frozenset() if self.mixer is None else self.mixer.reads
+
+    @property
+    def writes(self) -> frozenset[str]:
+        """What the layer gives to layers above it besides the residual stream."""
+        return frozenset() if self.mixer is None else self.mixer.writes
 
 
 @spec
 class ModelSpec:
     """A decoder language model.
 
-    vocab: V; width: D; init_scale: standard deviation of the initial matrices.
+    vocab: V; width: D; norm: of all layers and of the last hidden state; post_norm: whether what
+    mixers and feed-forwards return is normed too, before it is added (Grok-1). residual_multiplier:
+    of what is added. Logits are soft_cap(multiplier * (h W + bias)), as far as these are given.
+    init_scale: standard deviation of the initial matrices.
     """
 
     vocab: int
     width: int
     layers: tuple[LayerSpec, ...]
     tie_embeddings: bool = True
-    norm_epsilon: float = 1e-5
+    norm: NormSpec = RMSNorm()
+    post_norm: bool = False
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    head_bias: bool = False
+    logits_multiplier: float = 1.0
+    logits_soft_cap: float | None = None
     init_scale: float = 0.02
 
     def check(self) -> None:
         check_that(self.vocab >= 2, self, "vocab", "A language model needs at least two tokens.")
         check_that(self.width >= 1, self, "width", "Give the model width D.")
-        check_that(
-            self.norm_epsilon > 0, self, "norm_epsilon", "It keeps the norm finite; try 1e-5."
-        )
+        for field in ("embedding_multiplier", "residual_multiplier", "logits_multiplier"):
+            check_that(getattr(self, field) > 0, self, field, "Use 1 for none.")
+        cap = self.logits_soft_cap
+        check_that(cap is None or cap > 0, self, "logits_soft_cap", "Above 0, or None for none.")
         check_that(self.init_scale > 0, self, "init_scale", "Try 0.02.")
+        if missing := self.carried_into(0):
+            raise SpecError(
+                f"ModelSpec.layers read {', '.join(sorted(missing))} of an earlier layer, but no "
+                "layer below them gives it.",
+                "Put a layer whose attention has kv = SharedKV() below those with EarlierKV().",
+                field="layers",
+            )
 
     @property
     def moe_layers(self) -> tuple[int, ...]:
         """Indices of the layers with a routed feed-forward."""
         return tuple(i for i, layer in enumerate(self.layers) if isinstance(layer.ffn, MoESpec))
 
-
-def even_attention(
-    width: int, heads: int, kv_heads: int, rope_base: float = 10_000.0
-) -> AttentionSpec:
-    """Attention whose heads share the model width D evenly; SpecError if they cannot."""
-    probe = AttentionSpec(heads=heads, kv_heads=kv_heads, head_width=2, rope_base=rope_base)
-    check_that(width % heads == 0, probe, "heads", f"It must divide the model width {width}.")
-    return AttentionSpec(
-        heads=heads, kv_heads=kv_heads, head_width=width // heads, rope_base=rope_base
-    )
+    def carried_into(self, layer: int) -> frozenset[str]:
+        """What `layer` and those above it read that layers below it wrote."""
+        wanted: frozenset[str] = frozenset()
+        for above in reversed(self.layers[layer:]):
+            wanted = (wanted - above.writes) | above.reads
+        return wanted

@@ -8,13 +8,24 @@ import pytest
 from flax import nnx
 
 from moejax.core import taps
-from moejax.models import AttentionSpec, DecoderLM, DenseSpec, LayerSpec, ModelSpec, forward
+from moejax.models import (
+    AttentionSpec,
+    DecoderLM,
+    DenseSpec,
+    LayerSpec,
+    ModelSpec,
+    ProjectionNorm,
+    Rope,
+    forward,
+)
 from moejax.moe import MoESpec, RouterSpec, SoftmaxGates, TopK
 
 
 def make_spec(**changes):
     router = RouterSpec(selector=TopK(k=2), gates=SoftmaxGates(renormalise=True))
-    mixer = AttentionSpec(heads=4, kv_heads=2, head_width=8, rope_base=100.0, qk_norm=True)
+    mixer = AttentionSpec(
+        heads=4, kv_heads=2, head_width=8, rope=Rope(base=100.0), qk_norm=ProjectionNorm()
+    )
     routed = LayerSpec(
         mixer=mixer, ffn=MoESpec(experts=4, width=32, router=router, shared_width=16)
     )

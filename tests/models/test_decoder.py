@@ -38,8 +38,8 @@ def reference(spec, named, tokens_S):
         h = rms(x, p[n + "attention_norm.scale"])
         q = rms(h @ p[n + "attention.q"], p[n + "attention.q_norm.scale"])
         k = rms(h @ p[n + "attention.k"], p[n + "attention.k_norm.scale"])
-        q = rope(q.reshape(S, a.heads, a.head_width), a.rope_base)
-        k = rope(k.reshape(S, a.kv_heads, a.head_width), a.rope_base)
+        q = rope(q.reshape(S, a.heads, a.head_width), a.rope.base)
+        k = rope(k.reshape(S, a.kv_heads, a.head_width), a.rope.base)
         v = (h @ p[n + "attention.v"]).reshape(S, a.kv_heads, a.head_width)
         out = np.zeros((S, a.heads, a.head_width))
         for head in range(a.heads):

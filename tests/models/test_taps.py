@@ -41,7 +41,7 @@ def shares(p, layer, x_BxSxD, spec):
     v = (x_BxSxD @ p[n + "v"]).reshape(B, S, a.kv_heads, -1)
     found = np.zeros((B, a.heads, S, S))
     for b in range(B):
-        q_b, k_b = rope(q[b], a.rope_base), rope(k[b], a.rope_base)
+        q_b, k_b = rope(q[b], a.rope.base), rope(k[b], a.rope.base)
         for h in range(a.heads):
             for s in range(S):
                 e = np.exp(

@@ -26,7 +26,7 @@ def _spec(config: ConfigReader) -> ModelSpec:
         router=router,
         activation=config.activation(default="silu"),
     )
-    mixer = read_attention(config, rope_base=config.plain_rope(1e6))
+    mixer = read_attention(config, rope_base=1e6)
     return read_decoder(config, LayerSpec(mixer=mixer, ffn=ffn))
 
 

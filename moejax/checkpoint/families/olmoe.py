@@ -7,7 +7,7 @@ from typing import Any
 from moejax.checkpoint.config_reader import ConfigReader
 from moejax.checkpoint.decoder_config import decoder_config, read_attention, read_decoder, the_one
 from moejax.checkpoint.family import DECODER, EXPERTS, QK_NORM, ROUTER, Family
-from moejax.models import LayerSpec, ModelSpec
+from moejax.models import LayerSpec, ModelSpec, ProjectionNorm, RMSNorm
 from moejax.moe import MoESpec, RouterSpec, SoftmaxGates, TopK
 
 
@@ -24,7 +24,9 @@ def _spec(config: ConfigReader) -> ModelSpec:
         router=router,
         activation=config.activation(default="silu"),
     )
-    mixer = read_attention(config, qk_norm=True)
+    mixer = read_attention(
+        config, qk_norm=ProjectionNorm(norm=RMSNorm(epsilon=config.number("rms_norm_eps")))
+    )
     return read_decoder(config, LayerSpec(mixer=mixer, ffn=ffn))
 
 

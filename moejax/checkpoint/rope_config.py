@@ -1,0 +1,136 @@
+"""Rotary positions as configs of released models describe them, read and written."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from moejax.checkpoint.config_reader import ConfigReader
+from moejax.core import CheckpointError
+from moejax.models import LinearScaling, Llama3Scaling, LongRope, Rope, RopeScaling, YaRN
+from moejax.models.rope import yarn_mscale
+
+_WHOLE = 1.0
+_TYPES = ("default", "linear", "llama3", "yarn", "longrope")
+
+
+def read_rope(
+    config: ConfigReader, head_width: int, base: float = 10_000.0, interleaved: bool = False
+) -> Rope:
+    """The rotation of heads of this width. base: what a missing rope_theta means in this family.
+
+    Raises CheckpointError for a kind of scaling that is not known here.
+    """
+    table = config.rope()
+    share = table.number("partial_rotary_factor", config.number("partial_rotary_factor", _WHOLE))
+    width = int(head_width * share)
+    return Rope(
+        base=table.number("rope_theta", base),
+        width=None if width == head_width else width,
+        interleaved=interleaved,
+        scaling=_read_scaling(table, config, width // 2),
+    )
+
+
+def _read_scaling(table: ConfigReader, config: ConfigReader, pairs: int) -> RopeScaling | None:
+    kind = table.choice("rope_type", dict(zip(_TYPES, _TYPES, strict=True)))
+    if kind == "default":
+        return None
+    if kind == "linear":
+        return LinearScaling(factor=table.number("factor"))
+    original = table.integer(
+        "original_max_position_embeddings",
+        config.integer(
+            "original_max_position_embeddings", config.integer("max_position_embeddings", 0)
+        ),
+    )
+    if kind == "llama3":
+        return Llama3Scaling(
+            factor=table.number("factor"),
+            low_factor=table.number("low_freq_factor"),
+            high_factor=table.number("high_freq_factor"),
+            original_length=original,
+        )
+    grown = config.integer("max_position_embeddings", original) / max(original, 1)
+    factor = table.number("factor", grown)
+    if kind == "yarn":
+        return YaRN(
+            factor=factor,
+            original_length=original,
+            fast=table.number("beta_fast", 32.0),
+            slow=table.number("beta_slow", 1.0),
+            scale=_yarn_scale(table, factor),
+            whole=table.flag("truncate", True),
+        )
+    return _read_long_rope(table, original, factor, pairs)
+
+
+def _yarn_scale(table: ConfigReader, factor: float) -> float | None:
+    """What the config says of the scale of sine and cosine, None where it says nothing."""
+    if table.raw("attention_factor") is not None:
+        return table.number("attention_factor")
+    mscale, of_all = table.number("mscale", 0.0), table.number("mscale_all_dim", 0.0)
+    if mscale and of_all:
+        return yarn_mscale(factor, mscale) / yarn_mscale(factor, of_all)
+    return None
+
+
+def _read_long_rope(table: ConfigReader, original: int, factor: float, pairs: int) -> LongRope:
+    """Scales are the config's short_mscale and long_mscale (Phi-3.5-MoE), else one for both."""
+    plain = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+    scale = table.number("attention_factor", plain)
+    return LongRope(
+        short=table.numbers("short_factor", pairs),
+        long=table.numbers("long_factor", pairs),
+        original_length=original,
+        short_scale=table.number("short_mscale", scale),
+        long_scale=table.number("long_mscale", scale),
+    )
+
+
+def rope_fields(rope: Rope | None, head_width: int) -> dict[str, Any]:
+    """The config fields that `read_rope` reads; CheckpointError without rotary positions."""
+    if rope is None:
+        raise CheckpointError(
+            "the model's attention has no rotary positions, which this family needs.",
+            "Export to another family.",
+        )
+    fields: dict[str, Any] = {"rope_type": "default", "rope_theta": rope.base}
+    if rope.width is not None:
+        fields["partial_rotary_factor"] = rope.width / head_width
+    scaling = rope.scaling
+    if isinstance(scaling, LinearScaling):
+        fields |= {"rope_type": "linear", "factor": scaling.factor}
+    elif isinstance(scaling, Llama3Scaling):
+        fields |= {
+            "rope_type": "llama3",
+            "factor": scaling.factor,
+            "low_freq_factor": scaling.low_factor,
+            "high_freq_factor": scaling.high_factor,
+            "original_max_position_embeddings": scaling.original_length,
+        }
+    elif isinstance(scaling, YaRN):
+        fields |= {
+            "rope_type": "yarn",
+            "factor": scaling.factor,
+            "original_max_position_embeddings": scaling.original_length,
+            "beta_fast": scaling.fast,
+            "beta_slow": scaling.slow,
+            "truncate": scaling.whole,
+        }
+        if scaling.scale is not None:
+            fields["attention_factor"] = scaling.scale
+    elif isinstance(scaling, LongRope):
+        fields |= {
+            "rope_type": "longrope",
+            "short_factor": list(scaling.short),
+            "long_factor": list(scaling.long),
+            "original_max_position_embeddings": scaling.original_length,
+            "short_mscale": scaling.short_scale,
+            "long_mscale": scaling.long_scale,
+        }
+    elif scaling is not None:
+        raise CheckpointError(
+            f"transformers has no rotary scaling {type(scaling).__name__}.", "Keep the model here."
+        )
+    return {"rope_theta": rope.base, "rope_parameters": fields}
