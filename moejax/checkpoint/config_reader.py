@@ -62,7 +62,7 @@ class ConfigReader:
         """So many finite numbers."""
         values = self._value(name, _NEEDED)
         plain = isinstance(values, list) and len(values) == count
-        if not plain or not all(type(v) in (int, float) and math.isfinite(v) for v in values):
+        if not plain or not all(type(v) in (int, float) and abs(v) < _LARGEST for v in values):
             self.refuse(name, f"{count} numbers")
         return tuple(map(float, values))
 
