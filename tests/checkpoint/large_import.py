@@ -1,4 +1,8 @@
-"""The peak of an import of 2 GiB: `python large_import.py FOLDER` prints bytes above the start."""
+"""The peak of an import of 2 GiB, in a process of its own.
+
+`python large_import.py FOLDER [BITS]` prints the model's bytes and those of the peak above the
+start; BITS rounds experts to a grid.
+"""
 
 import json
 import sys
@@ -64,10 +68,12 @@ def resident(field: str) -> int:
 if __name__ == "__main__":
     import jax
 
-    from moejax.checkpoint import import_model
+    from moejax.checkpoint import import_model, payload_bytes
+    from moejax.weights import SymmetricGrid
 
+    grid = SymmetricGrid(bits=int(sys.argv[2]), group=128) if len(sys.argv) > 2 else None
     jax.block_until_ready(jax.numpy.ones(3) + 1)
     before = resident("VmRSS:")
-    model = import_model(sys.argv[1]).model
-    jax.block_until_ready(jax.tree.leaves(model.embed.get_value()))
-    print(resident("VmHWM:") - before)
+    model = import_model(sys.argv[1], grid=grid).model
+    peak = resident("VmHWM:") - before
+    print(payload_bytes(model), peak)
