@@ -58,6 +58,13 @@ class ConfigReader:
             self.refuse(name, "a finite number")
         return float(value)
 
+    def uniform(self, name: str, default: int = _NEEDED) -> int:
+        """A whole number, given once or as a list of equal ones for every layer."""
+        value = self._value(name, default)
+        if isinstance(value, list) and value and all(item == value[0] for item in value):
+            return ConfigReader({name: value[0]}, self.where).integer(name)
+        return self.integer(name, default)
+
     def numbers(self, name: str, count: int) -> tuple[float, ...]:
         """So many finite numbers."""
         values = self._value(name, _NEEDED)
