@@ -6,7 +6,6 @@ family reads every such field, if only to `require` the one value it supports.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any, NoReturn, TypeVar
 
@@ -15,6 +14,8 @@ from moejax.moe import GELU, Activation, ReLU, SiLU
 
 T = TypeVar("T")
 _NEEDED: Any = object()
+_DEEPEST = 4096
+_LARGEST = 1e30  # of a number that a config means
 
 ACTIVATIONS: dict[str, Activation] = {
     "silu": SiLU(),
@@ -42,11 +43,11 @@ class ConfigReader:
         self.read.add(name)
         return self._fields.get(name)
 
-    def integer(self, name: str, default: int = _NEEDED) -> int:
-        """A whole number of at least 0."""
+    def integer(self, name: str, default: int = _NEEDED, most: int = 1 << 20) -> int:
+        """A whole number from 0 to `most`, beyond which it is no size of a model but damage."""
         value = self._value(name, default)
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 40:
-            self.refuse(name, "a whole number")
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= most:
+            self.refuse(name, f"a whole number from 0 to {most}")
         return value
 
     def number(self, name: str, default: float = _NEEDED) -> float:
@@ -54,9 +55,24 @@ class ConfigReader:
         value = self._value(name, default)
         if isinstance(value, bool) or not isinstance(value, int | float):
             self.refuse(name, "a number")
-        if not math.isfinite(value):
+        if not abs(value) < _LARGEST:
             self.refuse(name, "a finite number")
         return float(value)
+
+    def optional_integer(self, name: str) -> int | None:
+        """A whole number; None where the field is missing or null."""
+        return None if self.raw(name) is None else self.integer(name)
+
+    def optional_number(self, name: str) -> float | None:
+        """A finite number; None where the field is missing or null."""
+        return None if self.raw(name) is None else self.number(name)
+
+    def depth(self, name: str) -> int:
+        """A number of layers, from 1 to what any model has: damage must not fill memory."""
+        depth = self.integer(name, most=_DEEPEST)
+        if depth < 1:
+            self.refuse(name, "at least 1")
+        return depth
 
     def uniform(self, name: str, default: int = _NEEDED) -> int:
         """A whole number, given once or as a list of equal ones for every layer."""
@@ -69,7 +85,7 @@ class ConfigReader:
         """So many finite numbers."""
         values = self._value(name, _NEEDED)
         plain = isinstance(values, list) and len(values) == count
-        if not plain or not all(type(v) in (int, float) and math.isfinite(v) for v in values):
+        if not plain or not all(type(v) in (int, float) and abs(v) < _LARGEST for v in values):
             self.refuse(name, f"{count} numbers")
         return tuple(map(float, values))
 
@@ -105,6 +121,13 @@ class ConfigReader:
         if not isinstance(value, dict):
             self.refuse(name, "a table of fields")
         return ConfigReader(value, f"{self.where}, {name}")
+
+    def needed_table(self, name: str) -> ConfigReader:
+        """A field that is a table itself."""
+        self._value(name, _NEEDED)
+        table = self.table(name)
+        assert table is not None
+        return table
 
     def rope(self) -> ConfigReader:
         """rope_type, rope_theta and what belongs to them, wherever the config keeps them.

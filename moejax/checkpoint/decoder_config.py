@@ -13,7 +13,6 @@ from moejax.models import AttentionSpec, DenseSpec, LayerSpec, Mixer, ModelSpec,
 from moejax.moe import Activation, Dropless, MoESpec
 
 T = TypeVar("T")
-_DEEPEST = 4096
 
 
 def read_attention(
@@ -42,7 +41,7 @@ def read_decoder(
     tied: what a missing tie_word_embeddings means in this family. `fields` go on top.
     """
     if isinstance(layers, LayerSpec):
-        layers = (layers,) * read_depth(config)
+        layers = (layers,) * config.depth("num_hidden_layers")
     plain: dict[str, Any] = {
         "vocab": config.integer("vocab_size"),
         "width": config.integer("hidden_size"),
@@ -76,7 +75,9 @@ def read_sparse_layers(
         width = config.integer("intermediate_size")
         return DenseSpec(width=width, activation=routed.activation)
 
-    return tuple(LayerSpec(mixer=mixer, ffn=ffn(i)) for i in range(read_depth(config)))
+    return tuple(
+        LayerSpec(mixer=mixer, ffn=ffn(i)) for i in range(config.depth("num_hidden_layers"))
+    )
 
 
 def sparse_layers_config(spec: ModelSpec) -> dict[str, Any]:
@@ -87,28 +88,26 @@ def sparse_layers_config(spec: ModelSpec) -> dict[str, Any]:
     return {"decoder_sparse_step": 1, "mlp_only_layers": dense, "intermediate_size": width}
 
 
-def read_depth(config: ConfigReader) -> int:
-    """num_hidden_layers, from 1 to what any model has: a damaged number must not fill memory."""
-    depth = config.integer("num_hidden_layers")
-    if not 1 <= depth <= _DEEPEST:
-        config.refuse("num_hidden_layers", f"a number from 1 to {_DEEPEST}")
-    return depth
-
-
 def decoder_config(spec: ModelSpec, ffn: Any) -> dict[str, Any]:
     """The fields that `read_attention` and `read_decoder` read; ffn: whose activation it names."""
     mixer = the_one(spec, "mixer", AttentionSpec)
-    return {
-        "vocab_size": spec.vocab,
-        "hidden_size": spec.width,
-        "num_hidden_layers": len(spec.layers),
+    return model_config(spec, ffn) | {
         "num_attention_heads": mixer.heads,
         "num_key_value_heads": mixer.kv_heads,
         "head_dim": mixer.head_width,
-        "hidden_act": activation_name(ffn.activation),
+        **rope_fields(mixer.rope, mixer.head_width),
+    }
+
+
+def model_config(spec: ModelSpec, ffn: Any = None) -> dict[str, Any]:
+    """The fields that `read_decoder` reads; ffn: whose activation they name, None for none."""
+    named = {} if ffn is None else {"hidden_act": activation_name(ffn.activation)}
+    return named | {
+        "vocab_size": spec.vocab,
+        "hidden_size": spec.width,
+        "num_hidden_layers": len(spec.layers),
         "rms_norm_eps": getattr(spec.norm, "epsilon", None),
         "tie_word_embeddings": spec.tie_embeddings,
-        **rope_fields(mixer.rope, mixer.head_width),
     }
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from moejax.checkpoint.config_reader import ConfigReader
-from moejax.checkpoint.decoder_config import read_depth, the_one
+from moejax.checkpoint.decoder_config import the_one
+from moejax.checkpoint.family import DECODER, DENSE, EXPERTS, ROUTER
+from moejax.checkpoint.rope_config import read_rope, rope_fields
 from moejax.checkpoint.rules import Ignored, copied, transposed
-from moejax.models import DenseSpec, LayerSpec, Mixer, ModelSpec
+from moejax.models import DenseSpec, LayerSpec, Mixer, MLASpec, ModelSpec, YaRN, yarn_mscale
 from moejax.moe import BiasedTopK, GroupLimited, MoESpec, RouterSpec, SigmoidGates
 
 _MLP = "model.layers.{l}.mlp"
@@ -22,6 +25,79 @@ ROUTER_BIAS = copied(
     {"layers.{l}.moe.router.selector.bias": f"{_MLP}.gate.e_score_correction_bias"}
 )
 EXTRA_PREDICTION = Ignored("model.layers.{beyond}.*", "multi-token prediction")
+
+
+_ATTENTION = "model.layers.{l}.self_attn"
+DEEPSEEK = (
+    *DECODER,
+    *transposed(
+        {
+            f"layers.{{l}}.attention.{ours}": f"{_ATTENTION}.{theirs}.weight"
+            for ours, theirs in (
+                ("q_down", "q_a_proj"),
+                ("q_up", "q_b_proj"),
+                ("kv_down", "kv_a_proj_with_mqa"),
+                ("kv_up", "kv_b_proj"),
+            )
+        }
+    ),
+    *copied(
+        {
+            "layers.{l}.attention.q_norm.scale": f"{_ATTENTION}.q_a_layernorm.weight",
+            "layers.{l}.attention.kv_norm.scale": f"{_ATTENTION}.kv_a_layernorm.weight",
+        }
+    ),
+    *DENSE,
+    *ROUTER,
+    *EXPERTS,
+    *SHARED_EXPERTS,
+)
+
+
+def read_latent_attention(config: ConfigReader, interleaved: bool = True) -> MLASpec:
+    """Multi-head latent attention (arXiv:2405.04434).
+
+    Where rotary positions are stretched and the config has mscale_all_dim, logits are scaled by the
+    square of its YaRN factor.
+    """
+    config.require("attention_bias", False)
+    nope, rope_width = config.integer("qk_nope_head_dim"), config.integer("qk_rope_head_dim")
+    rope = read_rope(config, rope_width, interleaved=interleaved)
+    scale = None
+    if isinstance(rope.scaling, YaRN) and (weight := config.rope().number("mscale_all_dim", 0.0)):
+        scale = (nope + rope_width) ** -0.5 * yarn_mscale(rope.scaling.factor, weight) ** 2
+    return MLASpec(
+        heads=config.integer("num_attention_heads"),
+        nope_width=nope,
+        rope_width=rope_width,
+        value_width=config.integer("v_head_dim"),
+        kv_rank=config.integer("kv_lora_rank"),
+        q_rank=config.optional_integer("q_lora_rank"),
+        rope=rope,
+        scale=scale,
+    )
+
+
+def latent_config(spec: ModelSpec) -> dict[str, Any]:
+    """The fields that `read_latent_attention` reads."""
+    mixer = the_one(spec, "mixer", MLASpec)
+    fields = {
+        "num_attention_heads": mixer.heads,
+        "num_key_value_heads": mixer.heads,
+        "qk_nope_head_dim": mixer.nope_width,
+        "qk_rope_head_dim": mixer.rope_width,
+        "v_head_dim": mixer.value_width,
+        "kv_lora_rank": mixer.kv_rank,
+        "q_lora_rank": mixer.q_rank,
+        "attention_bias": False,
+        **rope_fields(mixer.rope, mixer.rope_width),
+    }
+    if mixer.scale is not None and isinstance(mixer.rope.scaling, YaRN):
+        # The weight w at which (0.1 w ln(factor) + 1)^2 is what the softmax scale was stretched by.
+        grown = (mixer.scale * (mixer.nope_width + mixer.rope_width) ** 0.5) ** 0.5
+        weight = (grown - 1) / (0.1 * math.log(mixer.rope.scaling.factor))
+        fields["rope_parameters"]["mscale_all_dim"] = weight
+    return fields
 
 
 def read_biased_router(config: ConfigReader) -> RouterSpec:
@@ -66,7 +142,7 @@ def read_first_dense(config: ConfigReader, mixer: Mixer, routed: MoESpec) -> tup
     first = config.integer("first_k_dense_replace", 0)
     return tuple(
         LayerSpec(mixer=mixer, ffn=dense if i < first else routed)
-        for i in range(read_depth(config))
+        for i in range(config.depth("num_hidden_layers"))
     )
 
 

@@ -7,8 +7,15 @@ from typing import Any
 
 from moejax.checkpoint.config_reader import ConfigReader
 from moejax.core import CheckpointError
-from moejax.models import LinearScaling, Llama3Scaling, LongRope, Rope, RopeScaling, YaRN
-from moejax.models.rope import yarn_mscale
+from moejax.models import (
+    LinearScaling,
+    Llama3Scaling,
+    LongRope,
+    Rope,
+    RopeScaling,
+    YaRN,
+    yarn_mscale,
+)
 
 _TYPES = ("default", "linear", "llama3", "yarn", "longrope")
 

@@ -13,9 +13,11 @@ from pathlib import Path
 import jax
 import pytest
 
+from moejax.checkpoint import read_manifest
 from moejax.cli.main import main
 from moejax.config import load_config
 from moejax.core.errors import ConfigError
+from tests.checkpoint.hf_folders import MIXTRAL, mixtral_tensors, write_folder
 
 
 def facts(run: Path) -> dict:
@@ -200,3 +202,22 @@ def test_sigterm_reaches_the_run(folder):
     assert err == ("moejax: interrupted. The same command takes the run up where it stopped.\n")
     assert facts(folder / "runs" / "slow")["status"] == "interrupted"
     assert first_line_after < 3
+
+
+def test_convert_brings_a_folder_in(folder, capsys):
+    """Catches a subcommand that drops its options, or that shows a traceback for a bad grid."""
+    write_folder(folder / "hf", MIXTRAL, mixtral_tensors())
+    assert main(["convert", "hf", "in", "--dtype", "bfloat16"]) == 0
+    assert "coverage.tsv" in capsys.readouterr().out
+    assert read_manifest(folder / "in").formats["embed"]["leaves"][""][1] == "bfloat16"
+    for grid, told in {
+        "SymmetricGrid(bits=9, group=None)": "SymmetricGrid.bits",
+        "SymetricGrid(bits=4, group=None)": "SymmetricGrid",
+        "SymmetricGrid(4)": "describes no object",
+        "__import__('os').system('true')": "describes no object",
+        "SymmetricGrid(bits=4)": "group",
+    }.items():
+        assert main(["convert", "hf", "other", "--quantize", grid]) == 2
+        assert told in capsys.readouterr().err
+    assert main(["convert", "nowhere", "other"]) == 2
+    assert not (folder / "other").exists()

@@ -4,13 +4,21 @@ import numpy as np
 import pytest
 
 from tests.parity import harness
-from tests.parity.cases import CASES
+from tests.parity.cases import DENSE, ROUTED
 from tests.parity.harness import BOUND, LEAST_SHARE, VISIBLE, error, pair
 
 pytestmark = pytest.mark.parity
 
 SEEDS = [0, pytest.param(1, marks=pytest.mark.slow)]
-each = pytest.mark.parametrize("case", CASES, ids=str)
+
+
+def cases(chosen):
+    """One worker has all tests of a case, which share its models and compiled programs."""
+    marked = [pytest.param(case, marks=pytest.mark.xdist_group(str(case))) for case in chosen]
+    return pytest.mark.parametrize("case", marked, ids=[str(case) for case in chosen])
+
+
+each, routed = cases((*ROUTED, *DENSE)), cases(ROUTED)
 seeded = pytest.mark.parametrize("seed", SEEDS)
 
 
@@ -35,13 +43,11 @@ def test_decoding_step_by_step_gives_the_same_logits(case, seed):
     assert error(harness.decode(both.model, both.tokens), both.expected) <= BOUND
 
 
-@each
+@routed
 @seeded
 def test_faults_in_the_experts_would_show(case, seed):
     """Catches a parity test that sees nothing: experts so quiet that any router passes."""
     both = pair(case, seed)
-    if not both.model.spec.moe_layers:
-        pytest.skip("a dense model")
     shares = harness.routed_shares(both.model, both.tokens)
     assert min(shares) >= LEAST_SHARE, shares
     swapped = harness.with_experts_swapped(both.model, both.tokens)
