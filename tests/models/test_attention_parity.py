@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from moejax.core import compat
 from moejax.models import (
@@ -76,7 +77,7 @@ PLAIN = {"rope_type": "default", "rope_theta": 100.0}
 
 CASES = {
     "olmoe": (
-        {"clip_qkv": 0.8, "num_key_value_heads": 4, "rope_parameters": PLAIN},
+        {"clip_qkv": 0.8, "num_key_value_heads": 4, "head_dim": 6, "rope_parameters": PLAIN},
         AttentionSpec(
             heads=4,
             kv_heads=4,
@@ -179,8 +180,8 @@ HUNYUAN_NAMES = {
 
 @pytest.mark.parametrize("family", CASES)
 def test_attention_equals_that_of_transformers(family):
-    """Catches what the formulas of our own tests share with a misreading of ours: the order of norm,
-    clip and rotation, the window's end, the sink, mscale taken once, keys before values."""
+    """Catches a misreading that our own formulas share: the order of norm, clip and rotation, the
+    window's end, the sink, mscale taken once, values before keys."""
     torch = pytest.importorskip("torch", reason="parity wants torch and transformers")
     transformers = pytest.importorskip("transformers")
     fields, spec = CASES[family]
@@ -215,8 +216,6 @@ def test_attention_equals_that_of_transformers(family):
 
 
 def _variables(module):
-    from flax import nnx
-
     for path, node in nnx.iter_graph(module):
         if isinstance(node, nnx.Variable):
             yield ".".join(map(str, path)), node
