@@ -95,6 +95,9 @@ def test_decoding_reads_the_cache_of_the_layer_below(run, model):
 
 def test_readers_have_no_cache_and_no_key_parameters(model):
     """Catches a cache per layer: two of five layers hold keys and values here, half in Hunyuan."""
+    carried = [sorted(model.spec.carried_into(layer)) for layer in range(5)]
+    # Where nothing is carried, a walk may begin from the residual stream alone.
+    assert carried == [[], ["kv"], ["kv"], [], ["kv"]]
     kinds = [type(run.spec.mixer.kv).__name__ for run in model.runs]
     assert kinds == ["SharedKV", "EarlierKV", "SharedKV", "EarlierKV"]  # equal neighbours scan
     state = init_state(model, 3, 10)
