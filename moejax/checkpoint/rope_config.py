@@ -17,6 +17,7 @@ from moejax.models import (
     yarn_mscale,
 )
 
+_LONGEST = 1 << 40  # tokens
 _TYPES = ("default", "linear", "llama3", "yarn", "longrope")
 
 
@@ -50,12 +51,14 @@ def _read_scaling(table: ConfigReader, config: ConfigReader, pairs: int) -> Rope
         return None
     if kind == "linear":
         return LinearScaling(factor=table.number("factor"))
+    grown_length = config.integer("max_position_embeddings", 0, most=_LONGEST)
     original = table.integer(
         "original_max_position_embeddings",
-        config.integer(
-            "original_max_position_embeddings", config.integer("max_position_embeddings", 0)
-        ),
+        config.integer("original_max_position_embeddings", grown_length, most=_LONGEST),
+        most=_LONGEST,
     )
+    if original < 2:
+        table.refuse("original_max_position_embeddings", "the length of a text, at least 2")
     if kind == "llama3":
         return Llama3Scaling(
             factor=table.number("factor"),
@@ -63,8 +66,7 @@ def _read_scaling(table: ConfigReader, config: ConfigReader, pairs: int) -> Rope
             high_factor=table.number("high_freq_factor"),
             original_length=original,
         )
-    grown = config.integer("max_position_embeddings", original) / max(original, 1)
-    factor = table.number("factor", grown)
+    factor = table.number("factor", (grown_length or original) / original)
     if kind == "yarn":
         return YaRN(
             factor=factor,

@@ -106,6 +106,10 @@ def test_packed_experts_lie_beside_their_values(tmp_path, imported):
     stored = open_tensors(tmp_path / "out" / "model.safetensors")
     values = stored["model.layers.1.self_attn.o_proj.weight"].read()
     np.testing.assert_array_equal(values.T, weight.materialize())
+    words, scale = leaves[f"{name}.words"], leaves[f"{name}.scale"]  # as docs/ describes them
+    codes = words[:, None] >> (4 * np.arange(8, dtype=np.uint32))[:, None] & 15
+    plain = (codes.reshape(values.T.shape).astype(np.float32) - 8) * scale.astype(np.float32)
+    np.testing.assert_array_equal(values.T, plain)
     assert not np.array_equal(values.T, parameters(imported.model)[name])
 
 

@@ -98,15 +98,15 @@ def test_no_two_rules_share_a_tensor(family):
         ("hidden_size", None), ("hidden_size", -1), ("hidden_size", 2.5), ("hidden_size", True),
         ("rms_norm_eps", "x"), ("rms_norm_eps", float("nan")), ("hidden_act", "mish"),
         ("tie_word_embeddings", 1), ("sliding_window", 4096), ("num_hidden_layers", 1 << 39),
-        ("num_hidden_layers", 0), ("rope_scaling", {"rope_type": "yarn", "factor": 4}),
-        ("rope_scaling", {"type": "linear"}), ("rope_parameters", []),
+        ("num_hidden_layers", 0), ("rope_scaling", {"rope_type": "ntk", "factor": 4}),
+        ("rope_scaling", {"type": "dynamic"}), ("rope_parameters", []),
     ],
 )  # fmt: skip
 def test_a_field_that_cannot_be_honoured_is_named(field, value):
     """Catches an unknown rope scaling, window or activation that is silently left out."""
     config = MIXTRAL | {field: value}
     with pytest.raises(CheckpointError) as caught:
-        families()["mixtral"].spec(ConfigReader(config))
+        read_spec(families()["mixtral"], ConfigReader(config))
     named = caught.value.problem
     assert field in named or "rotary positions" in named
 
@@ -117,7 +117,7 @@ def test_rope_is_found_where_each_version_writes_it():
     newer = dict(MIXTRAL, rope_parameters={"rope_type": "default", "rope_theta": 1e6})
     del newer["rope_theta"]
     assert older == families()["mixtral"].spec(ConfigReader(newer))
-    assert older.layers[0].mixer.rope_base == 1e6
+    assert older.layers[0].mixer.rope.base == 1e6
 
 
 @pytest.mark.parametrize("name", ["mixtral", "olmoe", "llama"])
@@ -133,6 +133,24 @@ def test_config_and_spec_are_each_other_s_inverse(name):
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3)
 VALUES = SCALARS | st.lists(SCALARS, max_size=2) | st.dictionaries(st.text(max_size=3), SCALARS)
+
+ROPES = st.fixed_dictionaries(
+    {"rope_type": st.sampled_from(["linear", "llama3", "yarn", "longrope", "default"])},
+    optional=dict.fromkeys(
+        ["factor", "original_max_position_embeddings", "partial_rotary_factor", "rope_theta",
+         "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "mscale", "truncate",
+         "mscale_all_dim", "attention_factor"],
+        SCALARS | st.floats(0.1, 9) | st.integers(0, 9),
+    ) | dict.fromkeys(["short_factor", "long_factor"], st.just([1.0, 2.0, 3.0]) | VALUES),
+)  # fmt: skip
+
+
+@given(changed=ROPES)
+@settings(max_examples=200, deadline=None)
+def test_any_rope_gives_a_spec_or_a_named_error(changed):
+    """Catches a logarithm of nothing, a division by zero, a scaling that is half described."""
+    with contextlib.suppress(CheckpointError):
+        read_spec(families()["llama"], ConfigReader(MIXTRAL | {"rope_parameters": changed}))
 
 
 @given(

@@ -31,7 +31,7 @@ from moejax.models import (
     parameters,
     with_parameters,
 )
-from moejax.moe import MoESpec
+from moejax.moe import ChosenSoftmaxGates, MoESpec, PNormGates, SoftmaxGates
 
 BOUND = 1e-5  # of the largest |logit|, float32 on both sides
 VISIBLE = 100  # times the bound that a planted fault moves logits by
@@ -161,6 +161,7 @@ def routed_shares(model: DecoderLM, tokens: np.ndarray) -> list[float]:
     for layer in model.spec.moe_layers:
         after = np.asarray(found[layer][taps.BLOCK_OUTPUT]).reshape(tokens.size, -1)
         added = np.asarray(found[layer][taps.FFN_OUTPUT]).reshape(tokens.size, -1)
+        added = model.spec.residual_multiplier * added
         shares.append(float(np.sqrt((added**2).mean() / ((after - added) ** 2).mean())))
     return shares
 
@@ -205,14 +206,19 @@ def exported_logits(case_pair: Pair, folder: Path) -> np.ndarray:
 def _unnormalised(spec: ModelSpec) -> ModelSpec:
     layers = []
     for layer in spec.layers:
-        if isinstance(layer.ffn, MoESpec) and getattr(layer.ffn.router.gates, "renormalise", False):
-            gates: Any = layer.ffn.router.gates
-            router = dataclasses.replace(
-                layer.ffn.router, gates=dataclasses.replace(gates, renormalise=False)
-            )
+        if isinstance(layer.ffn, MoESpec):
+            router = dataclasses.replace(layer.ffn.router, gates=_raw_gates(layer.ffn.router.gates))
             layer = dataclasses.replace(layer, ffn=dataclasses.replace(layer.ffn, router=router))
         layers.append(layer)
     return dataclasses.replace(spec, layers=tuple(layers))
+
+
+def _raw_gates(gates: Any) -> Any:
+    """The gates without their division by a sum or a norm of the chosen."""
+    if isinstance(gates, PNormGates | ChosenSoftmaxGates):
+        return SoftmaxGates(scale=getattr(gates, "scale", 1.0))
+    renormalised = getattr(gates, "renormalise", False)
+    return dataclasses.replace(gates, renormalise=False) if renormalised else gates
 
 
 def _run(model: DecoderLM, tokens: np.ndarray) -> Output:
