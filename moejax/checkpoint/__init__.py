@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from moejax.checkpoint.gguf import gguf_spec, load_gguf
 from moejax.checkpoint.manifest import (
     Manifest,
     load_model,
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 __all__ = [
     "Manifest",
     "TrainCheckpoints",
+    "gguf_spec",
+    "load_gguf",
     "load_model",
     "load_spec",
     "payload_bytes",

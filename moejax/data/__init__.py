@@ -12,6 +12,7 @@ from moejax.data.corpus import (
     split_of,
 )
 from moejax.data.folder_corpus import FolderCorpus
+from moejax.data.gguf_tokenizer import gguf_tokenizer
 from moejax.data.heldout import HeldoutSample, ReferenceHeldout, write_heldout_sample
 from moejax.data.pip_corpus import GROUPS, PipCorpus
 from moejax.data.store import GroupFacts, TokenStore, tokenize_corpus
@@ -45,6 +46,7 @@ __all__ = [
     "TokenStore",
     "Tokenizer",
     "balanced_texts",
+    "gguf_tokenizer",
     "heldout_documents",
     "heldout_text",
     "shipped_tokenizer",

@@ -1,7 +1,8 @@
-"""Files: fetched assets, shipped resources, safetensors and the content-addressed cache."""
+"""Files: fetched assets, shipped resources, safetensors, GGUF and the content-addressed cache."""
 
 from moejax.files.assets import ASSETS, AssetSource, extract_member, fetch
 from moejax.files.cache import cache_root, content_hash, sha256_of_file
+from moejax.files.gguf import GGUF, GGUFTensor
 from moejax.files.resources import find_resource
 from moejax.files.tensors import (
     TensorHeader,
@@ -14,7 +15,9 @@ from moejax.files.tensors import (
 
 __all__ = [
     "ASSETS",
+    "GGUF",
     "AssetSource",
+    "GGUFTensor",
     "TensorHeader",
     "cache_root",
     "check_finite",
