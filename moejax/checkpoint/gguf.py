@@ -1,91 +1,64 @@
-"""Dense llama models out of GGUF files: spec from the metadata, parameters by a table of names."""
+"""Dense llama models out of GGUF files: spec from the metadata, parameters by rules."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
+from moejax.checkpoint.coverage import cover
+from moejax.checkpoint.families.llama import FAMILY
+from moejax.checkpoint.importing import load_tensors
+from moejax.checkpoint.rules import PairsToHalves, Rule, Transposed, copied, transposed
 from moejax.core import CheckpointError, SpecError
-from moejax.files import GGUF, check_finite
-from moejax.models import (
-    AttentionSpec,
-    DecoderLM,
-    DenseSpec,
-    LayerSpec,
-    ModelSpec,
-    retyped,
-    with_parameters,
+from moejax.files import GGUF
+from moejax.models import AttentionSpec, DecoderLM, DenseSpec, LayerSpec, ModelSpec
+
+# GGUF orders the rows of queries and keys for rotary positions on neighbours (`permute` in
+# llama.cpp's convert_hf_to_gguf.py); values and outputs are as elsewhere.
+RULES = (
+    *copied(
+        {
+            "embed": "token_embd.weight",
+            "final_norm.scale": "output_norm.weight",
+            "layers.{l}.attention_norm.scale": "blk.{l}.attn_norm.weight",
+            "layers.{l}.ffn_norm.scale": "blk.{l}.ffn_norm.weight",
+        }
+    ),
+    Rule("layers.{l}.attention.q", "blk.{l}.attn_q.weight", Transposed(), PairsToHalves()),
+    Rule("layers.{l}.attention.k", "blk.{l}.attn_k.weight", Transposed(), PairsToHalves()),
+    *transposed(
+        {
+            "head": "output.weight",
+            "layers.{l}.attention.v": "blk.{l}.attn_v.weight",
+            "layers.{l}.attention.o": "blk.{l}.attn_output.weight",
+            "layers.{l}.ffn.gate": "blk.{l}.ffn_gate.weight",
+            "layers.{l}.ffn.up": "blk.{l}.ffn_up.weight",
+            "layers.{l}.ffn.down": "blk.{l}.ffn_down.weight",
+        }
+    ),
 )
-
-Turn = Callable[[np.ndarray, AttentionSpec], np.ndarray]
-
-
-def _as_it_is(w: np.ndarray, mixer: AttentionSpec) -> np.ndarray:
-    return w
-
-
-def _transposed(w_NxK: np.ndarray, mixer: AttentionSpec) -> np.ndarray:
-    """[in, out] of GGUF's rows of outputs."""
-    return w_NxK.T
-
-
-def _half_rotated(w_NxK: np.ndarray, mixer: AttentionSpec) -> np.ndarray:
-    """[in, out] of query or key rows, which GGUF orders for rotary positions on pairs (2i, 2i + 1).
-
-    Here the pairs are (i, i + W/2), as they were before convert_hf_to_gguf.py's `permute`.
-    """
-    N, K = w_NxK.shape
-    pairs = w_NxK.reshape(N // mixer.head_width, mixer.head_width // 2, 2, K)
-    return pairs.swapaxes(1, 2).reshape(N, K).T
-
-
-_WHOLE: dict[str, tuple[str, Turn]] = {
-    "token_embd.weight": ("embed", _as_it_is),
-    "output_norm.weight": ("final_norm.scale", _as_it_is),
-    "output.weight": ("head", _transposed),
-}
-_PER_LAYER: dict[str, tuple[str, Turn]] = {
-    "attn_norm.weight": ("attention_norm.scale", _as_it_is),
-    "attn_q.weight": ("attention.q", _half_rotated),
-    "attn_k.weight": ("attention.k", _half_rotated),
-    "attn_v.weight": ("attention.v", _transposed),
-    "attn_output.weight": ("attention.o", _transposed),
-    "ffn_norm.weight": ("ffn_norm.scale", _as_it_is),
-    "ffn_gate.weight": ("ffn.gate", _transposed),
-    "ffn_up.weight": ("ffn.up", _transposed),
-    "ffn_down.weight": ("ffn.down", _transposed),
-}
+_FAMILY = dataclasses.replace(FAMILY, rules=RULES, ignored=())
+_ELSEWHERE = "Import this model from its Hugging Face folder."
 
 
 def load_gguf(path: Path | str, *, dtype: Any = jnp.float32) -> DecoderLM:
-    """The llama model in a GGUF file, dequantized, one tensor at a time; embeddings may be tied.
+    """The llama model in a GGUF file, dequantized to `dtype`, one tensor at a time.
 
     Raises CheckpointError, naming field or tensor, for a damaged file, another architecture, a
     feature that this decoder lacks, a tensor missing, left over, of another shape, or not finite.
     """
     file = GGUF(path)
     spec = gguf_spec(file)
-    names = _names(spec)
-    if left_over := sorted(set(file.tensors) - set(names)):
-        raise CheckpointError(
-            f"{path} holds {len(left_over)} tensor(s) that a dense llama has no place for, first "
-            f"{left_over[0]!r}.",
-            "Biases and scaled rotary positions are not among what moejax reads from GGUF.",
-        )
-    named = {}
-    for disk, (canonical, turn) in names.items():
-        tensor = file.read(disk)
-        check_finite({disk: tensor}, str(path))
-        turned = _turned(file, disk, tensor, turn, spec)
-        named |= retyped({canonical: jnp.array(turned)}, dtype)
     try:
-        return with_parameters(spec, named)
+        coverage = cover(spec, _FAMILY, file.tensors)
+        return load_tensors(spec, coverage, file.tensors, dtype=dtype)
     except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error.problem}", error.fix) from error
+        where = "" if str(path) in error.problem else f"{path}: "
+        raise CheckpointError(f"{where}{error.problem}", error.fix) from error
 
 
 def gguf_spec(file: GGUF) -> ModelSpec:
@@ -123,14 +96,12 @@ def _check_supported(file: GGUF) -> None:
     if architecture != "llama":
         raise CheckpointError(
             f"{file.path}: general.architecture = {architecture!r}, moejax reads 'llama'.",
-            "Import other families from their Hugging Face folder.",
+            _ELSEWHERE,
         )
-    wanted: dict[str, Any] = {"llama.expert_count": 0, "llama.rope.scaling.type": "none"}
-    for key, value in wanted.items():
-        if (found := file.metadata.get(key, value)) != value:
+    for key, value in (("llama.expert_count", 0), ("llama.rope.scaling.type", "none")):
+        if (found := file.field(key, type(value), value)) != value:
             raise CheckpointError(
-                f"{file.path}: {key} = {found!r}; moejax reads {value!r} only.",
-                "Import this model from its Hugging Face folder.",
+                f"{file.path}: {key} = {found!r}, moejax reads {value!r} from GGUF.", _ELSEWHERE
             )
 
 
@@ -153,28 +124,6 @@ def _check_rotation(file: GGUF, mixer: AttentionSpec) -> None:
                 f"{file.path}: {key} = {found}, the heads are {mixer.head_width} wide.",
                 "Heads that rotate in part, or values of another width, are not supported.",
             )
-
-
-def _names(spec: ModelSpec) -> dict[str, tuple[str, Turn]]:
-    """Tensor of the file -> (parameter of the model, what is done to it on the way)."""
-    whole = {disk: to for disk, to in _WHOLE.items() if to[0] != "head" or not spec.tie_embeddings}
-    layered = {
-        f"blk.{layer}.{disk}": (f"layers.{layer}.{canonical}", turn)
-        for layer in range(len(spec.layers))
-        for disk, (canonical, turn) in _PER_LAYER.items()
-    }
-    return whole | layered
-
-
-def _turned(file: GGUF, disk: str, tensor: np.ndarray, turn: Turn, spec: ModelSpec) -> np.ndarray:
-    mixer = spec.layers[0].mixer if spec.layers else None
-    try:
-        return turn(tensor, mixer) if mixer else tensor
-    except ValueError as error:
-        raise CheckpointError(
-            f"{file.path}: tensor {disk!r} has shape {tensor.shape}, which fits no {mixer}.",
-            "The file's metadata and tensors disagree; fetch or write it again.",
-        ) from error
 
 
 def _shortest(value: float) -> float:

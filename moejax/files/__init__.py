@@ -3,9 +3,11 @@
 from moejax.files.assets import ASSETS, AssetSource, extract_member, fetch
 from moejax.files.cache import cache_root, content_hash, sha256_of_file
 from moejax.files.gguf import GGUF, GGUFTensor
+from moejax.files.header import TensorHeader, read_header
 from moejax.files.resources import find_resource
+from moejax.files.scaled import as_floats
+from moejax.files.stored import FileTensor, StoredTensor, StoredTensors, open_tensors
 from moejax.files.tensors import (
-    TensorHeader,
     check_finite,
     read_safetensors,
     safetensors_header,
@@ -17,14 +19,20 @@ __all__ = [
     "ASSETS",
     "GGUF",
     "AssetSource",
+    "FileTensor",
     "GGUFTensor",
+    "StoredTensor",
+    "StoredTensors",
     "TensorHeader",
+    "as_floats",
     "cache_root",
     "check_finite",
     "content_hash",
     "extract_member",
     "fetch",
     "find_resource",
+    "open_tensors",
+    "read_header",
     "read_safetensors",
     "safetensors_header",
     "safetensors_metadata",

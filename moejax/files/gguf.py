@@ -10,8 +10,9 @@ from __future__ import annotations
 import itertools
 import math
 import struct
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import ml_dtypes
 import numpy as np
@@ -45,42 +46,86 @@ _OTHER_TYPES = {  # known by name, so that an error can name them
     22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 29: "IQ1_M",
     34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4",
 }  # fmt: skip
+_NUMBERS = {name: number for number, (name, _, _) in _BLOCKS.items()}
 _READABLE = ", ".join(name for name, _, _ in _BLOCKS.values())
 _AGAIN = "Fetch or write the file again."
 T = TypeVar("T", int, float, str, bool, list, np.ndarray)
 
 
-class GGUFTensor(NamedTuple):
-    """Shape (rows first, as NumPy has it), type name and place of a tensor in the file.
+@dataclass(frozen=True)
+class GGUFTensor:
+    """A tensor in a GGUF file, read by position and dequantized: nothing stays mapped.
 
-    nbytes: None for a type that moejax does not read.
+    shape: rows first, as NumPy has it. type: of ggml. nbytes: None for a type that is not read.
     """
 
+    name: str
+    path: Path
     shape: tuple[int, ...]
     type: str
     offset: int
     nbytes: int | None
 
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return (self.name,)
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of what `read` gives: float16 and bfloat16 as they are, all else float32.
+
+        Raises CheckpointError for a type that moejax does not read.
+        """
+        if self.nbytes is None:
+            raise CheckpointError(
+                f"{self.path}: tensor {self.name!r} has type {self.type}, which moejax does not "
+                "read.",
+                f"Requantize the model to one of {_READABLE}.",
+            )
+        plain = {"F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
+        return plain.get(self.type, np.dtype("<f4"))
+
+    def read(self, first: int = 0, last: int | None = None) -> np.ndarray:
+        """Rows first to last of the leading axis, all by default, in an array of their own.
+
+        Raises CheckpointError as `dtype`, and if the file became shorter than its header says.
+        """
+        dtype, (_, per_block, size) = self.dtype, _BLOCKS[_NUMBERS[self.type]]
+        last = self.shape[0] if last is None else last
+        row = math.prod(self.shape[1:])
+        block, end = first * row // per_block, -(-last * row // per_block)
+        try:
+            count, start = (end - block) * size, self.offset + block * size
+            raw = np.fromfile(self.path, np.uint8, count, offset=start)
+        except OSError as error:
+            raise CheckpointError(f"{self.path} cannot be read: {error}.", _AGAIN) from error
+        if raw.size != count:
+            raise CheckpointError(f"{self.path} became shorter while it was read.", _AGAIN)
+        weights = raw.view(dtype) if per_block == 1 else _dequantized(raw, self.type)
+        skipped = first * row - block * per_block
+        wanted = weights.reshape(-1)[skipped : skipped + (last - first) * row]
+        return wanted.reshape(last - first, *self.shape[1:])
+
 
 class GGUF:
-    """An open GGUF file, mapped into memory; tensors are decoded one by one, by `read`.
+    """What a GGUF file says of itself; its tensors are read one by one, when they are asked for.
 
     metadata: key -> int, float, bool, str, NumPy array of numbers, or list of strings or arrays.
-    tensors: name -> GGUFTensor, in the file's order.
+    tensors: by name, in the file's order.
     Raises CheckpointError, naming the field, if the file is missing, truncated, or not GGUF 2 or 3.
     """
 
     def __init__(self, path: Path | str):
         self.path = Path(path)
         try:
-            self._bytes = np.memmap(self.path, np.uint8, mode="r")
+            mapped = np.memmap(self.path, np.uint8, mode="r")
         except (OSError, ValueError) as error:
             there = self.path.is_file()
             raise CheckpointError(
                 f"{path} {'is empty' if there else 'cannot be read'} ({error}).",
                 _AGAIN if there else "Check the path.",
             ) from error
-        cursor = _Cursor(self.path, self._bytes.data)
+        cursor = _Cursor(self.path, mapped.data)
         tensor_count, pair_count = _read_counts(cursor)
         self.metadata: dict[str, Any] = _read_metadata(cursor, pair_count)
         self.tensors: dict[str, GGUFTensor] = _read_table(cursor, tensor_count, self._alignment())
@@ -100,23 +145,6 @@ class GGUF:
                 "Convert the model again with a converter that writes it.",
             )
         return kind(value) if widened else value  # type: ignore[return-value]
-
-    def read(self, name: str) -> np.ndarray:
-        """The tensor `name`, dequantized: float32 in its shape; F32 is a view of the file.
-
-        Raises CheckpointError for a name the file lacks, a type that moejax does not read.
-        """
-        if name not in self.tensors:
-            few = ", ".join(list(self.tensors)[:6])
-            raise CheckpointError(f"{self.path} lacks the tensor {name!r}.", f"It holds {few}, ...")
-        tensor = self.tensors[name]
-        if tensor.nbytes is None:
-            raise CheckpointError(
-                f"{self.path}: tensor {name!r} has type {tensor.type}, which moejax does not read.",
-                f"Requantize the model to one of {_READABLE}.",
-            )
-        raw = np.asarray(self._bytes[tensor.offset : tensor.offset + tensor.nbytes])
-        return _dequantized(raw, tensor.type).reshape(tensor.shape)
 
     def _alignment(self) -> int:
         alignment = self.field("general.alignment", int, 32)
@@ -268,13 +296,15 @@ def _placed(
         if kind not in _OTHER_TYPES:
             raise cursor.damaged(f"tensor {name!r} has the unknown type {kind}")
         _check_inside(cursor, name, start + offset, 1)
-        return GGUFTensor(extents[::-1], _OTHER_TYPES[kind], start + offset, None)
+        return GGUFTensor(
+            name, cursor.path, extents[::-1], _OTHER_TYPES[kind], start + offset, None
+        )
     type_name, weights, size = _BLOCKS[kind]
     if extents[0] % weights:
         raise cursor.damaged(f"tensor {name!r} of {type_name} has rows of {extents[0]} weights")
     nbytes = math.prod(extents) // weights * size
     _check_inside(cursor, name, start + offset, nbytes)
-    return GGUFTensor(extents[::-1], type_name, start + offset, nbytes)
+    return GGUFTensor(name, cursor.path, extents[::-1], type_name, start + offset, nbytes)
 
 
 def _check_inside(cursor: _Cursor, name: str, first: int, nbytes: int) -> None:
@@ -293,14 +323,8 @@ def _check_apart(cursor: _Cursor, tensors: dict[str, GGUFTensor]) -> None:
 
 
 def _dequantized(raw: np.ndarray, kind: str) -> np.ndarray:
-    """float32 weights, flat, of the bytes of whole blocks."""
+    """float32 [blocks, 32] of the bytes of whole blocks."""
     match kind:
-        case "F32":
-            return raw.view("<f4")
-        case "F16":
-            return raw.view("<f2").astype(np.float32)
-        case "BF16":
-            return raw.view(ml_dtypes.bfloat16).astype(np.float32)
         case "Q8_0":  # scale d, 32 int8: w = d q
             blocks = raw.reshape(-1, 34)
             return _halves(blocks, 0) * blocks[:, 2:].view(np.int8)

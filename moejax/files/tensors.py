@@ -5,41 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import ml_dtypes
 import numpy as np
-import safetensors
 
 from moejax.core.atomic import atomic_file
 from moejax.core.errors import CheckpointError
+from moejax.files.header import DTYPES, TensorHeader, read_header
 
-_DTYPES: dict[str, np.dtype] = {
-    "BOOL": np.dtype(bool),
-    "U8": np.dtype(np.uint8),
-    "I8": np.dtype(np.int8),
-    "U16": np.dtype("<u2"),
-    "I16": np.dtype("<i2"),
-    "U32": np.dtype("<u4"),
-    "I32": np.dtype("<i4"),
-    "U64": np.dtype("<u8"),
-    "I64": np.dtype("<i8"),
-    "F16": np.dtype("<f2"),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "F32": np.dtype("<f4"),
-    "F64": np.dtype("<f8"),
-    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
-    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
-}
-
-
-class TensorHeader(NamedTuple):
-    """Shape, dtype and place of one tensor; `offset` counts bytes from the start of the file."""
-
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    offset: int
-    nbytes: int
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def safetensors_header(path: Path | str) -> dict[str, TensorHeader]:
@@ -48,25 +22,12 @@ def safetensors_header(path: Path | str) -> dict[str, TensorHeader]:
     Raises CheckpointError if the file is missing, truncated or not safetensors, or holds a dtype
     that NumPy has no type for.
     """
-    start, header = _checked_header(Path(path))
-    tensors = {}
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        if entry["dtype"] not in _DTYPES:
-            raise CheckpointError(
-                f"{path}: tensor {name!r} has dtype {entry['dtype']}, which moejax does not read.",
-                f"Convert it to one of {', '.join(_DTYPES)}.",
-            )
-        first, last = entry["data_offsets"]
-        shape, dtype = tuple(entry["shape"]), _DTYPES[entry["dtype"]]
-        tensors[name] = TensorHeader(shape, dtype, start + first, last - first)
-    return tensors
+    return read_header(path).tensors
 
 
 def safetensors_metadata(path: Path | str) -> dict[str, str]:
     """The free text metadata of a safetensors file; CheckpointError as for the header."""
-    return _checked_header(Path(path))[1].get("__metadata__", {})
+    return read_header(path).metadata
 
 
 def read_safetensors(
@@ -101,23 +62,33 @@ def write_safetensors(
 ) -> None:
     """Writes arrays (NumPy or JAX) to one safetensors file, whole or not at all.
 
-    Raises CheckpointError for a dtype the format cannot hold (objects, complex128, 4-bit).
+    One tensor at a time is copied. Raises CheckpointError for a dtype the format cannot hold
+    (objects, complex128, 4-bit).
     """
-    arrays = {name: _little_endian(np.asarray(value)) for name, value in tensors.items()}
+    arrays = {name: np.asarray(value) for name, value in tensors.items()}
     for name, array in arrays.items():
-        if array.dtype not in _DTYPES.values():
+        if array.dtype.newbyteorder("<") not in _NAMES:
             raise CheckpointError(
                 f"{path}: tensor {name!r} has dtype {array.dtype}, which safetensors cannot hold.",
                 "Pack it into unsigned integers or cast it to a float type first.",
             )
-    specs = {
-        name: safetensors.TensorSpec(
-            dtype=a.dtype.name, shape=a.shape, data_ptr=a.ctypes.data, data_len=a.nbytes
-        )
-        for name, a in arrays.items()
-    }
+    # Wide dtypes first, as the format's library does: then every tensor is aligned to its own.
+    order = sorted(arrays, key=lambda name: (-arrays[name].dtype.itemsize, name))
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name in order:
+        array = arrays[name]
+        header[name] = {
+            "dtype": _NAMES[array.dtype.newbyteorder("<")],
+            "shape": list(array.shape),
+            "data_offsets": [end, end := end + array.nbytes],
+        }
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
     with atomic_file(path) as file:
-        file.write(safetensors.serialize(specs, metadata=dict(metadata or {})))
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            file.write(_little_endian(arrays[name]).reshape(-1).view(np.uint8).data)
 
 
 def check_finite(tensors: Mapping[str, np.ndarray], where: str) -> None:
@@ -130,23 +101,6 @@ def check_finite(tensors: Mapping[str, np.ndarray], where: str) -> None:
                     f"{where}: tensor {name!r} holds {bad} value(s) that are NaN or infinite.",
                     "The run that wrote it diverged, or the file is damaged.",
                 )
-
-
-def _checked_header(path: Path) -> tuple[int, dict[str, Any]]:
-    """Where the data starts, and the header that the safetensors library found to fit the file."""
-    try:
-        with safetensors.safe_open(path, framework="np"):
-            pass
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            return 8 + length, json.loads(file.read(length))
-    except (OSError, ValueError, safetensors.SafetensorError) as error:
-        present = path.is_file()
-        what = f"is damaged or truncated ({error})" if present else "does not exist"
-        raise CheckpointError(
-            f"{path} {what}.",
-            "Fetch or write it again." if present else "Check the path.",
-        ) from error
 
 
 def _little_endian(array: np.ndarray) -> np.ndarray:

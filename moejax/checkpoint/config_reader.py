@@ -1,0 +1,137 @@
+"""config.json of a model, read field by field: what is missing or unknown has an error of its name.
+
+A field that changes the model's function and is not understood is an error, never ignored: each
+family reads every such field, if only to `require` the one value it supports.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, NoReturn, TypeVar
+
+from moejax.core import CheckpointError
+from moejax.moe import GELU, Activation, ReLU, SiLU
+
+T = TypeVar("T")
+_NEEDED: Any = object()
+
+ACTIVATIONS: dict[str, Activation] = {
+    "silu": SiLU(),
+    "swish": SiLU(),
+    "gelu": GELU(),
+    "gelu_new": GELU(approximate=True),
+    "gelu_pytorch_tanh": GELU(approximate=True),
+    "relu": ReLU(),
+}
+
+
+class ConfigReader:
+    """A table of fields. where: how errors name it. read: the fields asked for so far.
+
+    A default stands for a field that is missing or null; without one, that is an error.
+    """
+
+    def __init__(self, fields: Mapping[str, Any], where: str = "config.json"):
+        self._fields = fields
+        self.where = where
+        self.read: set[str] = set()
+
+    def raw(self, name: str) -> Any:
+        """The field as it stands, None where there is none."""
+        self.read.add(name)
+        return self._fields.get(name)
+
+    def integer(self, name: str, default: int = _NEEDED) -> int:
+        """A whole number of at least 0."""
+        value = self._value(name, default)
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 40:
+            self.refuse(name, "a whole number")
+        return value
+
+    def number(self, name: str, default: float = _NEEDED) -> float:
+        """A finite number."""
+        value = self._value(name, default)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            self.refuse(name, "a number")
+        if not math.isfinite(value):
+            self.refuse(name, "a finite number")
+        return float(value)
+
+    def flag(self, name: str, default: bool = _NEEDED) -> bool:
+        """true or false."""
+        value = self._value(name, default)
+        if not isinstance(value, bool):
+            self.refuse(name, "true or false")
+        return value
+
+    def choice(self, name: str, choices: Mapping[str, T], default: str = _NEEDED) -> T:
+        """What `choices` has for the field's text."""
+        value = self._value(name, default)
+        if not isinstance(value, str) or value not in choices:
+            self.refuse(name, f"one of {', '.join(choices)}")
+        return choices[value]
+
+    def activation(self, name: str = "hidden_act", default: str = _NEEDED) -> Activation:
+        """An activation by its name in transformers."""
+        return self.choice(name, ACTIVATIONS, default)
+
+    def require(self, name: str, *supported: Any) -> None:
+        """Refuses any value but these; a missing field or null passes."""
+        value = self.raw(name)
+        if value is not None and value not in supported:
+            self.refuse(name, " or ".join(map(repr, supported)) if supported else "nothing")
+
+    def table(self, name: str) -> ConfigReader | None:
+        """A field that is a table itself; None where it is missing or null."""
+        value = self.raw(name)
+        if value is None:
+            return None
+        if not isinstance(value, dict):
+            self.refuse(name, "a table of fields")
+        return ConfigReader(value, f"{self.where}, {name}")
+
+    def rope(self) -> ConfigReader:
+        """rope_type, rope_theta and what belongs to them, wherever the config keeps them.
+
+        transformers 5 writes them into `rope_parameters`; older ones rope_theta beside
+        `rope_scaling`, whose type was once called `type`.
+        """
+        found: dict[str, Any] = {"rope_theta": self.raw("rope_theta")}
+        for name in ("rope_scaling", "rope_parameters"):
+            if (inner := self.raw(name)) is None:
+                continue
+            if not isinstance(inner, dict):
+                self.refuse(name, "a table of fields")
+            found |= inner
+        found["rope_type"] = found.get("rope_type") or found.pop("type", None) or "default"
+        return ConfigReader(found, f"{self.where}, rotary positions")
+
+    def plain_rope(self, default: float = 10_000.0) -> float:
+        """The base of rotary positions that are not rescaled; refuses any scaling."""
+        rope = self.rope()
+        rope.require("rope_type", "default")
+        rope.require("partial_rotary_factor", 1, 1.0)
+        return rope.number("rope_theta", default)
+
+    def unread(self) -> list[str]:
+        """Fields that were not asked for."""
+        return sorted(set(self._fields) - self.read)
+
+    def refuse(self, name: str, expected: str) -> NoReturn:
+        """Raises CheckpointError: the field has a value moejax cannot honour."""
+        value = repr(self._fields.get(name))
+        raise CheckpointError(
+            f"{self.where}: {name} = {value[:100]} is not supported here.",
+            f"moejax knows it as {expected}.",
+        )
+
+    def _value(self, name: str, default: Any) -> Any:
+        value = self.raw(name)
+        if value is None:
+            value = default
+        if value is _NEEDED:
+            raise CheckpointError(
+                f"{self.where} has no field {name}.", "Is it the config of the same model?"
+            )
+        return value
