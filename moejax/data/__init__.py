@@ -15,6 +15,7 @@ from moejax.data.folder_corpus import FolderCorpus
 from moejax.data.gguf_tokenizer import gguf_tokenizer
 from moejax.data.heldout import HeldoutSample, ReferenceHeldout, write_heldout_sample
 from moejax.data.pip_corpus import GROUPS, PipCorpus
+from moejax.data.python_topics import PythonTopics
 from moejax.data.store import GroupFacts, TokenStore, tokenize_corpus
 from moejax.data.tokenizer import (
     END_OF_DOCUMENT,
@@ -41,6 +42,7 @@ __all__ = [
     "GroupFacts",
     "HeldoutSample",
     "PipCorpus",
+    "PythonTopics",
     "ReferenceHeldout",
     "Split",
     "TokenStore",
