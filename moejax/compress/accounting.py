@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from moejax import weights
 from moejax.compress.passes import Weight
-from moejax.compress.patterns import OUTSIDE
+from moejax.compress.patterns import BIAS, OUTSIDE
 from moejax.models import DecoderLM, parameters, retyped
 from moejax.runs import Ledger
 
@@ -42,7 +42,7 @@ def account(model: DecoderLM, matrices: Collection[str] = (), dtype: Any = jnp.b
     named = parameters(model)
     sizes = payload(model, dtype)
     experts = [name for name in named if ".moe.experts." in name]
-    chosen = list(matrices) or experts or list(named)
+    chosen = list(matrices) or [n for n in experts if not n.endswith(BIAS)] or list(named)
     counts = {name: math.prod(weights.shape(named[name])) for name in chosen}
     total = sum(counts.values())
     bits = sum(counts[name] * stored_code_bits(named[name], dtype, name) for name in chosen)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from flax import nnx
 
 from moejax.compress.passes import Weight
+from moejax.compress.patterns import BIAS
 from moejax.core import compat
 from moejax.models import Block
 
@@ -28,8 +29,9 @@ def with_block_weights(block: Block, changed: Mapping[str, Weight]) -> Block:
 
 
 def expert_matrices(block: Block) -> tuple[str, ...]:
-    """Names of the expert matrices of a block, [E, K, N] each."""
-    return tuple(name for name in _variables(block) if name.startswith(EXPERTS))
+    """Names of the expert matrices of a block, [E, K, N] each; their biases are not among them."""
+    names = (name for name in _variables(block) if name.startswith(EXPERTS))
+    return tuple(name for name in names if not name.endswith(BIAS))
 
 
 def _variables(block: Block) -> dict[str, nnx.Variable]:

@@ -23,8 +23,7 @@ from moejax.calibrate import (
 from moejax.compress.block_weights import block_weights, expert_matrices
 from moejax.compress.methods import Choice
 from moejax.compress.routed_error import routed_errors
-from moejax.core import SpecError, check_that, compat, spec
-from moejax.core.axes import EXPERT
+from moejax.core import SpecError, check_that, spec
 from moejax.core.taps import NOTHING
 from moejax.models import Block
 from moejax.moe import MoESpec, RouterContext
@@ -145,6 +144,7 @@ class LeaveOneOut:
                 f"{k} are chosen, {'without' if moe.slots is None else 'behind'} a slot map.",
                 "Score experts before they are merged, and where more are left than chosen.",
             )
+        moe.router.selector.keeping(range(1, moe.experts), moe.experts)  # groups forbid a gap
         x_TxD = jnp.asarray(stats[LayerInputs(tokens=self.tokens).name], jnp.float32)
         graphdef, state = nnx.split(block.moe)
         whole_TxD = _output(graphdef, state, x_TxD)
@@ -210,16 +210,11 @@ def _lost(graphdef: Any, state: Any, x_TxD: Array, whole_TxD: Array, e: Any) -> 
     moe = nnx.merge(graphdef, state)
     others = jnp.arange(moe.spec.experts - 1)
     kept = others + (others >= e)
-    axes = moe.spec.router.scores.axes()
-    for name, variable in moe.router.scores.items():
-        value = weights.materialize(compat.read(variable))
-        compat.write(variable, jnp.take(value, kept, axis=axes[name].index(EXPERT)))
-    for variable in moe.router.selector.values():
-        compat.write(variable, jnp.take(compat.read(variable), kept, axis=0))
+    moe.router.take(kept)
     routing = moe.router(x_TxD, RouterContext())
     plan = moe.spec.dispatch.plan(routing, kept[routing.expert_A], moe.spec.stored)
     rows_RxD, _ = moe.experts(plan.scatter(x_TxD), plan.group_sizes_E, NOTHING)
     y_TxD = plan.gather(rows_RxD)
     if moe.shared is not None:
-        y_TxD = y_TxD + moe.shared(x_TxD)
+        y_TxD = y_TxD + moe.shared_output(x_TxD)[0]
     return jnp.linalg.norm(whole_TxD - y_TxD)

@@ -12,7 +12,10 @@ from moejax import weights
 from moejax.core import SpecError
 from moejax.models import ModelSpec, abstract_model, parameters
 
-GUARDED = ("router", "norm", "embed", "head")
+BIAS = "bias"
+"""What names of biases end in: [N], or [E, N] in a bank of experts."""
+
+GUARDED = ("router", "norm", "embed", "head", "shared_gate", BIAS)
 """Words of names that a `*` does not stand for: a glob means such parameters only if it says so."""
 
 OUTSIDE = -1
@@ -36,7 +39,7 @@ def matching(owner: str, pattern: str, model: ModelSpec) -> tuple[str, ...]:
             field="parameters",
         )
     for name in found:
-        if len(shapes[name]) < 2:
+        if len(shapes[name]) < 2 or name.endswith(BIAS):
             raise SpecError(
                 f"{owner} = {pattern!r} names {name}, a vector of shape {list(shapes[name])}.",
                 "Vectors stay as they are: choose a glob that names matrices only.",

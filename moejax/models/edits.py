@@ -11,7 +11,6 @@ from flax import nnx
 
 from moejax import weights
 from moejax.core import SpecError, compat
-from moejax.core.axes import EXPERT
 from moejax.models.block import Block
 from moejax.moe import MoESpec, RoutingRule, rule_tables
 
@@ -19,8 +18,8 @@ from moejax.moe import MoESpec, RoutingRule, rule_tables
 def select_experts(block: Block, keep: Sequence[int]) -> Block:
     """The block with only the experts `keep`, in that order: bank, router rows and router state.
 
-    SpecError when the layer has no experts, an index is out of range or repeated, or fewer experts
-    are left than the router chooses per token.
+    SpecError when the layer has no experts, an index is out of range or repeated, fewer experts are
+    left than the router chooses per token, or the groups it chooses among would be broken up.
     """
     ffn = block.spec.ffn
     if not isinstance(ffn, MoESpec) or block.moe is None:
@@ -36,23 +35,20 @@ def select_experts(block: Block, keep: Sequence[int]) -> Block:
             f"keep = {list(keep)} is no selection of {ffn.experts} experts.",
             f"Give distinct indices from 0 to {ffn.experts - 1}.",
         )
-    smaller = dataclasses.replace(ffn, experts=len(keep))
+    for variable in block.moe.router.scores.values():
+        if isinstance(compat.read(variable), weights.Format):
+            raise SpecError("a compressed router cannot lose experts.", "Select experts first.")
+    selector = ffn.router.selector.keeping(keep, ffn.experts)
+    router = dataclasses.replace(ffn.router, selector=selector)
+    smaller = dataclasses.replace(ffn, experts=len(keep), router=router)
     index = jnp.asarray(list(keep), jnp.int32)
     edited = compat.copied(block)
     assert edited.moe is not None
     edited.spec = dataclasses.replace(block.spec, ffn=smaller)
     edited.moe.spec = smaller
-    for name in ("gate", "up", "down"):
-        variable = getattr(edited.moe.experts, name)
-        compat.write(variable, weights.take(compat.read(variable), index))
-    axes = ffn.router.scores.axes()
-    for name, variable in edited.moe.router.scores.items():
-        if isinstance(compat.read(variable), weights.Format):
-            raise SpecError("a compressed router cannot lose experts.", "Select experts first.")
-        where = axes[name].index(EXPERT)
-        compat.write(variable, jnp.take(compat.read(variable), index, axis=where))
-    for variable in edited.moe.router.selector.values():
-        compat.write(variable, jnp.take(compat.read(variable), index, axis=0))
+    edited.moe.router.spec = router
+    edited.moe.experts.take(index)
+    edited.moe.router.take(index)
     return edited
 
 

@@ -4,19 +4,22 @@
 from moejax.moe.routing import RouterContext, Routing, SlotMap
 
 # Routers: scores + selector + gate weights
-from moejax.moe.router import (
-    BiasedTopK,
+from moejax.moe.router import Router, RouterSpec, RouterState
+from moejax.moe.scores import (
+    AttentionScores,
+    LinearScores,
+    Scores,
+    StandardisedScores,
+    TanhScores,
+)
+from moejax.moe.selectors import BiasedTopK, GroupLimited, RankedSelector, Selector, TopK
+from moejax.moe.gates import (
     ChosenSoftmaxGates,
     Gates,
-    LinearScores,
-    Router,
-    RouterSpec,
-    RouterState,
-    Scores,
-    Selector,
+    PNormGates,
     SigmoidGates,
     SoftmaxGates,
-    TopK,
+    SparseMixerGates,
 )
 
 # Rules on a routing
@@ -33,8 +36,17 @@ from moejax.moe.rules import (
 from moejax.moe.dispatch import Capacity, Dense, Dispatch, Dropless, Plan
 
 # Experts and the layer
-from moejax.moe.activations import GELU, Activation, ReLU, SiLU
+from moejax.moe.activations import (
+    GELU,
+    Activation,
+    ClampedSwiGLU,
+    Elementwise,
+    NestedSwiGLU,
+    ReLU,
+    SiLU,
+)
 from moejax.moe.experts import GatedExperts, GatedFFN, draw
+from moejax.moe.shared import SharedGate, SigmoidSharedGate
 from moejax.moe.layer import Fixed, MoELayer, MoESpec, SlotSpec, rule_tables
 
 # Losses
@@ -50,24 +62,31 @@ __all__ = [
     "GELU",
     "Activation",
     "AttentionImportance",
+    "AttentionScores",
     "BiasedTopK",
     "Capacity",
     "ChosenSoftmaxGates",
+    "ClampedSwiGLU",
     "Dense",
     "Dispatch",
     "Dropless",
+    "Elementwise",
     "Fixed",
     "GatedExperts",
     "GatedFFN",
     "Gates",
+    "GroupLimited",
     "Importance",
     "LinearScores",
     "MoELayer",
     "MoESpec",
+    "NestedSwiGLU",
+    "PNormGates",
     "Plan",
     "PooledLoadBalance",
     "Protection",
     "RandomImportance",
+    "RankedSelector",
     "ReLU",
     "Router",
     "RouterContext",
@@ -79,13 +98,18 @@ __all__ = [
     "RoutingRule",
     "Scores",
     "Selector",
+    "SharedGate",
     "SiLU",
     "SigmoidGates",
+    "SigmoidSharedGate",
     "SkipSmallGates",
     "SlotMap",
     "SlotSpec",
     "SoftmaxGates",
+    "SparseMixerGates",
+    "StandardisedScores",
     "SwitchLoadBalance",
+    "TanhScores",
     "TopK",
     "TopKLoadBalance",
     "draw",

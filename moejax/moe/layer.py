@@ -12,10 +12,11 @@ from moejax.core import Taps, check_that, compat, spec, taps
 from moejax.core.taps import Request
 from moejax.moe.activations import Activation, SiLU
 from moejax.moe.dispatch import Dense, Dispatch, Dropless
-from moejax.moe.experts import GatedExperts, GatedFFN
+from moejax.moe.experts import GatedExperts, GatedFFN, draw
 from moejax.moe.router import Router, RouterSpec
 from moejax.moe.routing import RouterContext, Routing, SlotMap
 from moejax.moe.rules import RoutingRule
+from moejax.moe.shared import SharedGate
 
 
 class Fixed(nnx.Variable):
@@ -39,6 +40,8 @@ class MoESpec:
     """A routed feed-forward: E router experts of hidden width F, a router, a dispatch.
 
     shared_width: hidden width of all always-on shared experts (arXiv:2401.06066), 0 for none.
+    shared_gate: what weighs their output; None for the plain sum.
+    expert_bias: whether gate, up and down of the routed experts have biases (gpt-oss).
     slots: set where stored experts differ from router experts (merged, replicated, reordered).
     rules: what is done to the routing before the dispatch, in order.
     """
@@ -51,18 +54,21 @@ class MoESpec:
     shared_width: int = 0
     slots: SlotSpec | None = None
     rules: tuple[RoutingRule, ...] = ()
+    shared_gate: SharedGate | None = None
+    expert_bias: bool = False
 
     def check(self) -> None:
         check_that(self.experts >= 1, self, "experts", "A MoE layer needs at least one expert.")
         check_that(self.width >= 1, self, "width", "Give the hidden width of one expert.")
         check_that(self.shared_width >= 0, self, "shared_width", "Use 0 for no shared experts.")
-        k = getattr(self.router.selector, "k", 1)
         check_that(
-            k <= self.experts,
+            self.shared_gate is None or self.shared_width > 0,
             self,
-            "experts",
-            f"The router chooses {k} experts: raise experts or lower k.",
+            "shared_gate",
+            "There are no shared experts to weigh: set shared_width, or leave it None.",
         )
+        objection = self.router.selector.objection(self.experts)
+        check_that(objection is None, self, "experts", objection or "")
 
     @property
     def stored(self) -> int:
@@ -76,13 +82,20 @@ class MoELayer(nnx.Module):
         self.spec = spec
         self.router = Router(spec.router, width, spec.experts, scale, rngs=rngs)
         self.experts = GatedExperts(
-            spec.stored, width, spec.width, spec.activation, scale, rngs=rngs
+            spec.stored,
+            width,
+            spec.width,
+            spec.activation,
+            scale,
+            bias=spec.expert_bias,
+            rngs=rngs,
         )
         self.shared = (
             GatedFFN(width, spec.shared_width, spec.activation, scale, rngs=rngs)
             if spec.shared_width
             else None
         )
+        self.shared_gate = nnx.Param(draw(rngs, (width, 1), scale)) if spec.shared_gate else None
         self.slots = _spread_slots(spec.slots, spec.experts) if spec.slots else None
         self.rules = nnx.List([rule_tables(rule.init()) for rule in spec.rules])
 
@@ -101,12 +114,22 @@ class MoELayer(nnx.Module):
         rows_RxD, found = self.experts(plan.scatter(x_TxD), plan.group_sizes_E, request)
         y_TxD = plan.gather(rows_RxD)
         if self.shared is not None:
-            hidden_TxF = self.shared.hidden(x_TxD)
-            y_TxD = y_TxD + self.shared.project(hidden_TxF)
+            shared_TxD, hidden_TxF = self.shared_output(x_TxD)
+            y_TxD = y_TxD + shared_TxD
             found = found.merged(taps.collect(request, shared_hidden=hidden_TxF))
         if not request.isdisjoint({taps.ALL_HIDDEN, taps.ALL_OUTPUT}):
             found = found.merged(self._on_all(x_TxD, routing, request))
         return y_TxD, routing, found.merged(taps.collect(request, routing=routing, dispatch=plan))
+
+    def shared_output(self, x_TxD: Array) -> tuple[Array, Array]:
+        """What the shared experts add to a token, weighed, and their hidden_TxF."""
+        assert self.shared is not None
+        hidden_TxF = self.shared.hidden(x_TxD)
+        y_TxD = self.shared.project(hidden_TxF)
+        if self.shared_gate is not None and self.spec.shared_gate is not None:
+            gate_Tx1 = self.spec.shared_gate(compat.read(self.shared_gate), x_TxD)
+            y_TxD = y_TxD * gate_Tx1.astype(y_TxD.dtype)
+        return y_TxD, hidden_TxF
 
     def _on_all(self, x_TxD: Array, routing: Routing, request: Request) -> Taps:
         """Hidden and output of every stored expert on every token."""

@@ -1,16 +1,23 @@
 """Routers: scores + selector + gate weights, three specs that combine freely.
 
-| rule | selector | gates | models |
-| softmax, then top-k | TopK | SoftmaxGates() | OLMoE, Qwen1.5-MoE, DeepSeekMoE, Switch (k = 1) |
-| the same, renormalised | TopK | SoftmaxGates(renormalise=True) | Mixtral, Qwen3-MoE, DBRX |
-| top-k, then softmax | TopK | ChosenSoftmaxGates() | JetMoE, GraniteMoE, gpt-oss |
-| sigmoid with bias | BiasedTopK | SigmoidGates() | DeepSeek-V3, GLM-4-MoE |
+| scores | selector | gates | models |
+| Linear | TopK | SoftmaxGates() | OLMoE, Qwen1.5-MoE, Qwen2-57B, DeepSeekMoE, OpenMoE, Grok-1; |
+| | | | Switch and Hunyuan-Large (k = 1) |
+| Linear | TopK | SoftmaxGates(renormalise=True) | Mixtral, Qwen3-MoE, Arctic, Hunyuan-A13B |
+| Linear | TopK | PNormGates(order) | DBRX (order 1) |
+| Linear | TopK | ChosenSoftmaxGates() | JetMoE, GraniteMoE; gpt-oss (scores with a bias) |
+| Attention | TopK | ChosenSoftmaxGates() | Yuan 2.0-M32 |
+| Tanh or Linear | TopK | ChosenSoftmaxGates(scale) | LLaMA-MoE |
+| Standardised | TopK | SoftmaxGates(renormalise=True) | Skywork-MoE |
+| Linear | TopK | SparseMixerGates() | Phi-3.5-MoE, GRIN-MoE |
+| Linear | GroupLimited(TopK, best=1) | SoftmaxGates(scale) | DeepSeek-V2 |
+| Linear | GroupLimited(BiasedTopK, best=2) | SigmoidGates(scale) | DeepSeek-V3 |
+| Linear | BiasedTopK | SigmoidGates(scale) | GLM-4-MoE (one group) |
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -18,150 +25,16 @@ from flax import nnx
 from jax import Array
 
 from moejax import weights
-from moejax.core import check_that, compat, spec
-from moejax.core.axes import EMBED, EXPERT
+from moejax.core import compat, spec
+from moejax.core.axes import EXPERT
+from moejax.moe.gates import Gates
 from moejax.moe.routing import RouterContext, Routing
+from moejax.moe.scores import LinearScores, Scores
+from moejax.moe.selectors import Selector
 
 
 class RouterState(nnx.Variable):
     """What a router remembers between steps without a gradient (arXiv:2408.15664's bias, ...)."""
-
-
-@runtime_checkable
-class Scores(Protocol):
-    """Router logits of tokens; owns its parameters' shapes, holds none itself."""
-
-    def init(self, width: int, experts: int, scale: float, key: Array) -> dict[str, Array]: ...
-
-    def axes(self) -> dict[str, tuple[str, ...]]: ...
-
-    def __call__(
-        self, parameters: dict[str, Array], x_TxD: Array, context: RouterContext
-    ) -> Array: ...
-
-
-@runtime_checkable
-class Selector(Protocol):
-    """Chooses experts by probability: `choose(...) -> expert_TxK`, and the next state."""
-
-    def init(self, experts: int) -> dict[str, Array]: ...
-
-    def choose(self, probabilities_TxE: Array, state: dict[str, Array]) -> Array: ...
-
-    def next_state(self, counts_E: Array, state: dict[str, Array]) -> dict[str, Array]: ...
-
-
-@runtime_checkable
-class Gates(Protocol):
-    """Gate weights: `probabilities` for selection and losses, `weigh` for the chosen experts."""
-
-    def probabilities(self, logits_TxE: Array) -> Array: ...
-
-    def weigh(self, logits_TxK: Array, probabilities_TxK: Array) -> Array: ...
-
-
-@spec
-class LinearScores:
-    """logits = x W, in float32 (arXiv:1701.06538, without the noise)."""
-
-    def init(self, width: int, experts: int, scale: float, key: Array) -> dict[str, Array]:
-        return {"kernel": scale * jax.random.truncated_normal(key, -3, 3, (width, experts))}
-
-    def axes(self) -> dict[str, tuple[str, ...]]:
-        return {"kernel": (EMBED, EXPERT)}
-
-    def __call__(self, parameters: dict[str, Array], x_TxD: Array, context: RouterContext) -> Array:
-        kernel_DxE = weights.materialize(parameters["kernel"], jnp.float32)
-        return jnp.dot(x_TxD.astype(jnp.float32), kernel_DxE, precision=jax.lax.Precision.HIGHEST)
-
-
-@spec
-class TopK:
-    """The k experts of highest probability."""
-
-    k: int
-
-    def check(self) -> None:
-        check_that(self.k >= 1, self, "k", "Choose at least one expert per token.")
-
-    def init(self, experts: int) -> dict[str, Array]:
-        return {}
-
-    def choose(self, probabilities_TxE: Array, state: dict[str, Array]) -> Array:
-        return jax.lax.top_k(probabilities_TxE, self.k)[1].astype(jnp.int32)
-
-    def next_state(self, counts_E: Array, state: dict[str, Array]) -> dict[str, Array]:
-        return state
-
-
-@spec
-class BiasedTopK:
-    """Top-k of probability + bias; the bias chases balance without a gradient (arXiv:2408.15664).
-
-    After each step b_i += rate * sign(mean count - count_i). Gate weights never see the bias.
-    """
-
-    k: int
-    rate: float = 1e-3
-
-    def check(self) -> None:
-        check_that(self.k >= 1, self, "k", "Choose at least one expert per token.")
-        check_that(self.rate >= 0, self, "rate", "Use 0 to freeze the bias.")
-
-    def init(self, experts: int) -> dict[str, Array]:
-        return {"bias": jnp.zeros(experts, jnp.float32)}
-
-    def choose(self, probabilities_TxE: Array, state: dict[str, Array]) -> Array:
-        return jax.lax.top_k(probabilities_TxE + state["bias"], self.k)[1].astype(jnp.int32)
-
-    def next_state(self, counts_E: Array, state: dict[str, Array]) -> dict[str, Array]:
-        return {"bias": state["bias"] + self.rate * jnp.sign(jnp.mean(counts_E) - counts_E)}
-
-
-@spec
-class SoftmaxGates:
-    """p = softmax(l); g = scale * p of the chosen, divided by their sum if `renormalise`."""
-
-    renormalise: bool = False
-    scale: float = 1.0
-
-    def probabilities(self, logits_TxE: Array) -> Array:
-        return jax.nn.softmax(logits_TxE, axis=-1)
-
-    def weigh(self, logits_TxK: Array, probabilities_TxK: Array) -> Array:
-        total = jnp.sum(probabilities_TxK, axis=-1, keepdims=True) if self.renormalise else 1.0
-        return self.scale * probabilities_TxK / total
-
-
-@spec
-class ChosenSoftmaxGates:
-    """g = softmax over the logits of the chosen experts alone."""
-
-    def probabilities(self, logits_TxE: Array) -> Array:
-        return jax.nn.softmax(logits_TxE, axis=-1)
-
-    def weigh(self, logits_TxK: Array, probabilities_TxK: Array) -> Array:
-        return jax.nn.softmax(logits_TxK, axis=-1)
-
-
-@spec
-class SigmoidGates:
-    """s = sigmoid(l); g = scale * s of the chosen, divided by their sum if `renormalise`.
-
-    arXiv:2412.19437, equations 12 to 16.
-    """
-
-    renormalise: bool = True
-    scale: float = 1.0
-
-    def probabilities(self, logits_TxE: Array) -> Array:
-        return jax.nn.sigmoid(logits_TxE)
-
-    def weigh(self, logits_TxK: Array, probabilities_TxK: Array) -> Array:
-        total = (
-            jnp.sum(probabilities_TxK, axis=-1, keepdims=True) + 1e-20 if self.renormalise else 1.0
-        )
-        return self.scale * probabilities_TxK / total
 
 
 @spec
@@ -189,10 +62,7 @@ class Router(nnx.Module):
         logits_TxE = self.spec.scores(parameters, x_TxD, context)
         probabilities_TxE = self.spec.gates.probabilities(logits_TxE)
         expert_TxK = self.spec.selector.choose(jax.lax.stop_gradient(probabilities_TxE), state)
-        gate_TxK = self.spec.gates.weigh(
-            jnp.take_along_axis(logits_TxE, expert_TxK, axis=-1),
-            jnp.take_along_axis(probabilities_TxE, expert_TxK, axis=-1),
-        )
+        gate_TxK = self.spec.gates.weigh(logits_TxE, probabilities_TxE, expert_TxK)
         T, K = expert_TxK.shape
         valid_T = jnp.ones(T, bool) if context.mask_T is None else context.mask_T
         routing = Routing(
@@ -207,6 +77,18 @@ class Router(nnx.Module):
         return (
             _with_state(routing, self.spec.selector, state) if state and context.train else routing
         )
+
+    def take(self, index: Array) -> None:
+        """Leaves only the experts `index`, which may be traced: their scores and their state."""
+        axes = self.spec.scores.axes()
+        for name, variable in self.scores.items():
+            if EXPERT in axes[name]:
+                value = compat.read(variable)
+                if isinstance(value, weights.Format):
+                    value = value.materialize()
+                compat.write(variable, jnp.take(value, index, axis=axes[name].index(EXPERT)))
+        for variable in self.selector.values():
+            compat.write(variable, jnp.take(compat.read(variable), index, axis=0))
 
 
 def _with_state(routing: Routing, selector: Selector, state: dict[str, Array]) -> Routing:
