@@ -9,15 +9,16 @@ from typing import Any, TypeVar
 from moejax.checkpoint.config_reader import ACTIVATIONS, ConfigReader
 from moejax.core import CheckpointError
 from moejax.models import AttentionSpec, LayerSpec, ModelSpec
-from moejax.moe import Activation
+from moejax.moe import Activation, Dropless, MoESpec
 
 T = TypeVar("T")
+_DEEPEST = 4096
 
 
 def read_attention(config: ConfigReader, **fields: Any) -> AttentionSpec:
     """Grouped-query attention with rotary positions that are not rescaled; `fields` go on top."""
     heads = config.integer("num_attention_heads")
-    plain = {
+    plain: dict[str, Any] = {
         "heads": heads,
         "kv_heads": config.integer("num_key_value_heads", heads),
         "head_width": config.integer("head_dim", config.integer("hidden_size") // max(heads, 1)),
@@ -35,8 +36,8 @@ def read_decoder(
     tied: what a missing tie_word_embeddings means in this family. `fields` go on top.
     """
     if isinstance(layers, LayerSpec):
-        layers = (layers,) * config.integer("num_hidden_layers")
-    plain = {
+        layers = (layers,) * read_depth(config)
+    plain: dict[str, Any] = {
         "vocab": config.integer("vocab_size"),
         "width": config.integer("hidden_size"),
         "layers": tuple(layers),
@@ -45,6 +46,14 @@ def read_decoder(
     if "norm_epsilon" not in fields:
         plain["norm_epsilon"] = config.number("rms_norm_eps")
     return ModelSpec(**plain | fields)
+
+
+def read_depth(config: ConfigReader) -> int:
+    """num_hidden_layers, from 1 to what any model has: a damaged number must not fill memory."""
+    depth = config.integer("num_hidden_layers")
+    if not 1 <= depth <= _DEEPEST:
+        config.refuse("num_hidden_layers", f"a number from 1 to {_DEEPEST}")
+    return depth
 
 
 def decoder_config(spec: ModelSpec, ffn: Any) -> dict[str, Any]:
@@ -87,12 +96,10 @@ def the_one(spec: ModelSpec, part: str, kind: type[T]) -> T:
 
 def without_training(spec: ModelSpec) -> ModelSpec:
     """The spec with what no released config says set to defaults: dispatch, initial scale."""
-    defaults = {field.name: field.default for field in dataclasses.fields(ModelSpec)}
-    layers = []
-    for layer in spec.layers:
-        if hasattr(layer.ffn, "dispatch"):
-            plain = {f.name: f.default for f in dataclasses.fields(layer.ffn)}["dispatch"]
-            ffn = dataclasses.replace(layer.ffn, dispatch=plain)
-            layer = dataclasses.replace(layer, ffn=ffn)
-        layers.append(layer)
-    return dataclasses.replace(spec, layers=tuple(layers), init_scale=defaults["init_scale"])
+    layers = tuple(
+        dataclasses.replace(layer, ffn=dataclasses.replace(layer.ffn, dispatch=Dropless()))
+        if isinstance(layer.ffn, MoESpec)
+        else layer
+        for layer in spec.layers
+    )
+    return dataclasses.replace(spec, layers=layers, init_scale=1.0)

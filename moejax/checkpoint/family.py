@@ -39,6 +39,8 @@ class Family:
         return self.model_types[0]
 
 
+_MLP = "model.layers.{l}.mlp"
+
 # Names that most families share, from Llama's. A family lists what it changes before them.
 
 ATTENTION = transposed(
@@ -71,15 +73,12 @@ ENDS = (
     *transposed({"head": "lm_head.weight"}),
 )
 DENSE = transposed(
-    {
-        f"layers.{{l}}.ffn.{name}": f"model.layers.{{l}}.mlp.{name}_proj.weight"
-        for name in ("gate", "up", "down")
-    }
+    {f"layers.{{l}}.ffn.{name}": f"{_MLP}.{name}_proj.weight" for name in ("gate", "up", "down")}
 )
-ROUTER = transposed({"layers.{l}.moe.router.scores.kernel": "model.layers.{l}.mlp.gate.weight"})
+ROUTER = transposed({"layers.{l}.moe.router.scores.kernel": f"{_MLP}.gate.weight"})
 EXPERTS = transposed(
     {
-        f"layers.{{l}}.moe.experts.{name}": f"model.layers.{{l}}.mlp.experts.{{e}}.{name}_proj.weight"
+        f"layers.{{l}}.moe.experts.{name}": f"{_MLP}.experts.{{e}}.{name}_proj.weight"
         for name in ("gate", "up", "down")
     }
 )

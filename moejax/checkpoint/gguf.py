@@ -1,4 +1,4 @@
-"""Dense llama models out of GGUF files: spec from the metadata, parameters by rules."""
+"""Dense llama models out of GGUF files: config from the metadata, parameters by rules."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from moejax.checkpoint.config_reader import ConfigReader
 from moejax.checkpoint.coverage import cover
 from moejax.checkpoint.families.llama import FAMILY
-from moejax.checkpoint.importing import load_tensors
+from moejax.checkpoint.importing import load_tensors, read_spec
 from moejax.checkpoint.rules import PairsToHalves, Rule, Transposed, copied, transposed
-from moejax.core import CheckpointError, SpecError
+from moejax.core import CheckpointError
 from moejax.files import GGUF
-from moejax.models import AttentionSpec, DecoderLM, DenseSpec, LayerSpec, ModelSpec
+from moejax.models import DecoderLM, ModelSpec
 
 # GGUF orders the rows of queries and keys for rotary positions on neighbours (`permute` in
 # llama.cpp's convert_hf_to_gguf.py); values and outputs are as elsewhere.
@@ -42,6 +43,7 @@ RULES = (
     ),
 )
 _FAMILY = dataclasses.replace(FAMILY, rules=RULES, ignored=())
+_HEADS = "attention.head_count"
 _ELSEWHERE = "Import this model from its Hugging Face folder."
 
 
@@ -63,67 +65,66 @@ def load_gguf(path: Path | str, *, dtype: Any = jnp.float32) -> DecoderLM:
 
 def gguf_spec(file: GGUF) -> ModelSpec:
     """The spec of a dense llama; no tensor is read. CheckpointError as `load_gguf`."""
-    _check_supported(file)
-    width = file.field("llama.embedding_length", int)
-    heads = file.field("llama.attention.head_count", int)
-    embedding = file.tensors.get("token_embd.weight")
-    if embedding is None:
-        raise CheckpointError(
-            f"{file.path} lacks the tensor 'token_embd.weight'.", "It is no llama."
-        )
-    try:
-        mixer = AttentionSpec(
-            heads=heads,
-            kv_heads=file.field("llama.attention.head_count_kv", int, heads),
-            head_width=file.field("llama.attention.key_length", int, width // max(heads, 1)),
-            rope_base=_shortest(file.field("llama.rope.freq_base", float, 10_000.0)),
-        )
-        _check_rotation(file, mixer)
-        ffn = DenseSpec(width=file.field("llama.feed_forward_length", int))
-        return ModelSpec(
-            vocab=embedding.shape[0],
-            width=width,
-            layers=(LayerSpec(mixer=mixer, ffn=ffn),) * _layer_count(file),
-            tie_embeddings="output.weight" not in file.tensors,
-            norm_epsilon=_shortest(file.field("llama.attention.layer_norm_rms_epsilon", float)),
-        )
-    except SpecError as error:
-        raise CheckpointError(f"{file.path}: {error.problem}", error.fix) from error
+    return read_spec(_FAMILY, ConfigReader(_config(file), str(file.path)))
 
 
-def _check_supported(file: GGUF) -> None:
+def _config(file: GGUF) -> dict[str, Any]:
+    """The metadata under the names of a Hugging Face config, as far as it has them."""
     architecture = file.field("general.architecture", str)
     if architecture != "llama":
         raise CheckpointError(
             f"{file.path}: general.architecture = {architecture!r}, moejax reads 'llama'.",
             _ELSEWHERE,
         )
-    for key, value in (("llama.expert_count", 0), ("llama.rope.scaling.type", "none")):
+    width, heads = (file.field(f"llama.{key}", int) for key in ("embedding_length", _HEADS))
+    head_width = file.field("llama.attention.key_length", int, width // max(heads, 1))
+    _check_plain(file, head_width)
+    return {
+        "vocab_size": _vocabulary(file),
+        "hidden_size": width,
+        "intermediate_size": file.field("llama.feed_forward_length", int),
+        "num_hidden_layers": _layer_count(file),
+        "num_attention_heads": heads,
+        "num_key_value_heads": file.field(f"llama.{_HEADS}_kv", int, heads),
+        "head_dim": head_width,
+        "rms_norm_eps": _shortest(file.field("llama.attention.layer_norm_rms_epsilon", float)),
+        "rope_theta": _shortest(file.field("llama.rope.freq_base", float, 10_000.0)),
+        "tie_word_embeddings": "output.weight" not in file.tensors,
+    }
+
+
+def _check_plain(file: GGUF, head_width: int) -> None:
+    """Refuses what llama files may also say and this decoder does not compute."""
+    wanted = {
+        "llama.expert_count": 0,
+        "llama.rope.scaling.type": "none",
+        "llama.rope.dimension_count": head_width,
+        "llama.attention.value_length": head_width,
+    }
+    for key, value in wanted.items():
         if (found := file.field(key, type(value), value)) != value:
             raise CheckpointError(
-                f"{file.path}: {key} = {found!r}, moejax reads {value!r} from GGUF.", _ELSEWHERE
+                f"{file.path}: {key} = {found!r}, moejax reads {value!r} from this file.",
+                _ELSEWHERE,
             )
+
+
+def _vocabulary(file: GGUF) -> int:
+    embedding = file.tensors.get("token_embd.weight")
+    if embedding is None:
+        raise CheckpointError(f"{file.path} lacks token_embd.weight.", "It is no whole model.")
+    return embedding.shape[0]
 
 
 def _layer_count(file: GGUF) -> int:
     """llama.block_count, of which a damaged file may claim any number."""
     count = file.field("llama.block_count", int)
-    if not 0 <= count <= len(file.tensors):
+    if not 1 <= count <= len(file.tensors):
         raise CheckpointError(
             f"{file.path}: llama.block_count = {count}, but it holds {len(file.tensors)} tensors.",
             "Fetch or write the file again.",
         )
     return count
-
-
-def _check_rotation(file: GGUF, mixer: AttentionSpec) -> None:
-    for key in ("llama.rope.dimension_count", "llama.attention.value_length"):
-        found = file.field(key, int, mixer.head_width)
-        if found != mixer.head_width:
-            raise CheckpointError(
-                f"{file.path}: {key} = {found}, the heads are {mixer.head_width} wide.",
-                "Heads that rotate in part, or values of another width, are not supported.",
-            )
 
 
 def _shortest(value: float) -> float:

@@ -166,7 +166,8 @@ class _Reader:
         ]
         return jax.tree.structure(one).unflatten(placed)
 
-    def _part(self, index: tuple[slice, ...]) -> np.ndarray:
+    def _part(self, index: tuple[slice, ...] | None) -> np.ndarray:
+        index = (slice(None),) * self.ndim if index is None else index
         bounds = [part.indices(size) for part, size in zip(index, self.shape, strict=True)]
         part = _aligned(tuple(stop - start for start, stop, _ in bounds), self.dtype)
         outer = bounds[0] if self.stacked else (0, 1, 1)

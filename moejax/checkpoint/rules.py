@@ -1,6 +1,6 @@
 """Name maps as data: which tensors on disk a parameter is made of, and back.
 
-A rule pairs parameter names of moejax with one tensor name of a file, both with `{l}` for the layer:
+A rule pairs parameter names with one tensor name of a file, both with `{l}` for the layer:
 
     Rule("layers.{l}.attention.q", "model.layers.{l}.self_attn.q_proj.weight", Transposed())
 

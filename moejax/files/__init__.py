@@ -2,6 +2,7 @@
 
 from moejax.files.assets import ASSETS, AssetSource, extract_member, fetch
 from moejax.files.cache import cache_root, content_hash, sha256_of_file
+from moejax.files.folders import new_folder
 from moejax.files.gguf import GGUF, GGUFTensor
 from moejax.files.header import TensorHeader, read_header
 from moejax.files.resources import find_resource
@@ -31,6 +32,7 @@ __all__ = [
     "extract_member",
     "fetch",
     "find_resource",
+    "new_folder",
     "open_tensors",
     "read_header",
     "read_safetensors",

@@ -94,7 +94,7 @@ def _parse(path: Path, file: BinaryIO, size: int) -> Header:
         raise _damaged(path, f"its header claims {length} bytes, {size - 8} are left in the file")
     text = file.read(length)
     try:
-        entries = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
+        entries = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
     except CheckpointError as error:
         raise _damaged(path, error.problem) from error
     except (ValueError, RecursionError) as error:
@@ -111,13 +111,13 @@ def _parse(path: Path, file: BinaryIO, size: int) -> Header:
     return Header(tensors, metadata)
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object whose names differ; json alone would keep the last of equal ones."""
     found = dict(pairs)
     if len(found) != len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise CheckpointError(f"its header names {_short(twice)} twice")
+        raise CheckpointError(f"it names {_short(twice)} twice")
     return found
 
 

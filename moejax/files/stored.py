@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -10,9 +11,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from moejax.core.atomic import read_json
-from moejax.core.errors import CheckpointError, RunError
-from moejax.files.header import read_header, refuse_pickle
+from moejax.core.errors import CheckpointError
+from moejax.files.header import read_header, refuse_pickle, unique
 
 INDEX = "model.safetensors.index.json"
 WHOLE = "model.safetensors"
@@ -163,8 +163,10 @@ def _indexed(folder: Path) -> dict[str, FileTensor]:
 def read_index(path: Path) -> dict[str, str]:
     """Tensor name -> file of an index; CheckpointError if it is damaged or leads elsewhere."""
     try:
-        index: Any = read_json(path)
-    except (RunError, RecursionError) as error:
+        index: Any = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path} is damaged: {error.problem}.", "Fetch it again.") from error
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is no JSON.", "Fetch it again.") from error
     place = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(place, dict) or not all(isinstance(file, str) for file in place.values()):

@@ -21,7 +21,7 @@ def metadata(**changes) -> dict:
         "llama.attention.head_count": (w.U32, HEADS),
         "llama.attention.head_count_kv": (w.U32, KV),
         "llama.attention.key_length": (w.U32, W),
-        "llama.attention.layer_norm_rms_epsilon": (w.F32, 1e-5),
+        "llama.attention.layer_norm_rms_epsilon": (w.F32, 0.01),
         "llama.rope.freq_base": (w.F32, 500.0),
         "llama.rope.dimension_count": (w.U32, W),
     }
@@ -107,7 +107,7 @@ _NAMES = (
 
 
 def _norm(x: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    return x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-5) * scale
+    return x / np.sqrt((x * x).mean(-1, keepdims=True) + 0.01) * scale
 
 
 def _turn(x_SxHxW: np.ndarray) -> np.ndarray:
