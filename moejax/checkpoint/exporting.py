@@ -14,9 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
-from flax import nnx
 
 from moejax import weights
 from moejax.checkpoint.config_reader import ConfigReader
@@ -25,7 +23,7 @@ from moejax.checkpoint.decoder_config import without_training
 from moejax.checkpoint.families import families
 from moejax.checkpoint.family import Family
 from moejax.checkpoint.importing import CONFIG, read_spec
-from moejax.checkpoint.manifest import spec_difference
+from moejax.checkpoint.manifest import on_host, spec_difference
 from moejax.core import CheckpointError
 from moejax.core.atomic import write_json
 from moejax.files import new_folder, write_safetensors
@@ -84,7 +82,7 @@ def export_model(
     """
     family = family_for(model.spec) if family is None else family
     fields = described(model.spec, family)
-    named = parameters(_on_host(model))
+    named = parameters(on_host(model))
     kind = np.dtype(_plain(named["embed"]).dtype if dtype is None else dtype)
     planned = list(_planned(model.spec, family, named, kind))
     kept = {key: value for key, value in (config or {}).items() if key not in _NOT_OURS}
@@ -238,12 +236,6 @@ def _write_packed(folder: Path, named: Mapping[str, Any]) -> None:
     write_safetensors(folder / PACKED_TENSORS, leaves)
     meta = {name: weights.format_meta(weight) for name, weight in packed.items()}
     write_json(folder / PACKED, {"version": 1, "parameters": meta})
-
-
-def _on_host(model: DecoderLM) -> DecoderLM:
-    """The model with NumPy leaves, of which layers and experts are views and no copies."""
-    graphdef, state = nnx.split(model)
-    return nnx.merge(graphdef, jax.tree.map(np.asarray, state))
 
 
 def _order(name: str) -> tuple[int, int, str]:

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from moejax import weights
 from moejax.core import CheckpointError, RunError, from_json, to_json
@@ -64,7 +65,7 @@ def save_model(
     Raises CheckpointError naming a tensor that holds NaN or infinity, RunError if the disk is full.
     """
     folder = Path(folder)
-    named = _stored(model, dtype)
+    named = _stored(on_host(model), dtype)
     tensors = {name: np.asarray(leaf) for name, leaf in _tensors(named).items()}
     check_finite(tensors, f"the model to be saved in {folder}")
     write_safetensors(folder / TENSORS, tensors)
@@ -125,6 +126,12 @@ def load_model(
     if leaves:
         raise CheckpointError(f"{folder} has a tensor too many: {min(leaves)!r}.", _AGAIN)
     return with_parameters(manifest.spec, retyped(named, dtype))
+
+
+def on_host(model: DecoderLM) -> DecoderLM:
+    """The model with NumPy leaves, of which layers and experts are views and no copies."""
+    graphdef, state = nnx.split(model)
+    return nnx.merge(graphdef, jax.tree.map(np.asarray, state))
 
 
 def load_spec(folder: Path | str) -> ModelSpec:

@@ -29,6 +29,25 @@ def plan(options: argparse.Namespace) -> None:
     print(job.plan() or f"{type(job).__name__} needs no plan: it costs next to nothing.")
 
 
+def convert(options: argparse.Namespace) -> None:
+    """`moejax convert IN OUT`: a Hugging Face folder comes in, a moejax folder goes out."""
+    print(f"moejax convert {options.source} -> {options.target}", flush=True)
+
+    from moejax.config.inline import spec_from
+    from moejax.jobs.convert import convert
+
+    print(
+        convert(
+            options.source,
+            options.target,
+            dtype=options.dtype,
+            grid=spec_from(options.quantize) if options.quantize else None,
+            family=options.family,
+            shard_bytes=options.shard_bytes,
+        )
+    )
+
+
 def report(options: argparse.Namespace) -> None:
     """`moejax report DIR...`: draws the report of each run, and one page that compares them."""
     from moejax.report import build_report, compare_reports

@@ -20,6 +20,7 @@ EXAMPLES = """examples:
   moejax run runs/short/config.gin            take up an interrupted training run
   moejax plan report                          what it would cost, before anything is loaded
   moejax report runs/quickstart runs/mine     each report, and runs/comparison side by side
+  moejax convert OLMoE-1B-7B models/olmoe     a Hugging Face folder comes in
   moejax systems                              the systems of the literature that ship as configs
 
 A config is looked for in the working folder, then among those that ship with moejax.
@@ -111,6 +112,31 @@ def _parser() -> argparse.ArgumentParser:
         help="folder of the page that compares several runs (default: runs/comparison)",
     )
     report.set_defaults(command=commands.report)
+
+    convert = subparsers.add_parser(
+        "convert",
+        parents=[common],
+        help="bring a Hugging Face folder in, or a moejax folder out",
+        description="What IN holds decides: config.json comes in, model.json goes out.",
+    )
+    convert.add_argument("source", metavar="IN", help="the folder of a model")
+    convert.add_argument("target", metavar="OUT", help="a new folder")
+    convert.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="of plain weights (default: what they are stored in)",
+    )
+    convert.add_argument(
+        "--quantize",
+        metavar="GRID",
+        help="coming in: round experts to a grid while they load, such as "
+        '"SymmetricGrid(bits=4, group=128)"',
+    )
+    convert.add_argument("--family", help="going out: whose names (default: where it came from)")
+    convert.add_argument(
+        "--shard-bytes", metavar="N", type=int, help="going out: most bytes of one file (5e9)"
+    )
+    convert.set_defaults(command=commands.convert)
 
     systems = subparsers.add_parser(
         "systems", parents=[common], help="list the systems of the literature that ship as configs"

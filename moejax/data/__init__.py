@@ -12,6 +12,7 @@ from moejax.data.corpus import (
     split_of,
 )
 from moejax.data.folder_corpus import FolderCorpus
+from moejax.data.folder_tokenizer import folder_tokenizer, write_folder_tokenizer
 from moejax.data.gguf_tokenizer import gguf_tokenizer
 from moejax.data.heldout import HeldoutSample, ReferenceHeldout, write_heldout_sample
 from moejax.data.pip_corpus import GROUPS, PipCorpus
@@ -48,6 +49,7 @@ __all__ = [
     "TokenStore",
     "Tokenizer",
     "balanced_texts",
+    "folder_tokenizer",
     "gguf_tokenizer",
     "heldout_documents",
     "heldout_text",
@@ -56,6 +58,7 @@ __all__ = [
     "tokenize_corpus",
     "train_tokenizer",
     "windows",
+    "write_folder_tokenizer",
     "write_heldout_sample",
     "xz_bits_per_byte",
 ]

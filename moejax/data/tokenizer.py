@@ -24,20 +24,21 @@ class Tokenizer:
     """Text to token ids and back. Ids are uint16, or uint32 where the vocabulary needs it.
 
     vocab: number of ids. end_of_document: the id that ends every document; no text encodes to it,
-    not even text that spells it out.
+    not even text that spells it out. end_token: how it is written.
     """
 
-    def __init__(self, bpe: tokenizers.Tokenizer):
+    def __init__(self, bpe: tokenizers.Tokenizer, end_of_document: str = END_OF_DOCUMENT):
         """bpe: a tokenizer of the library; DataError if it has no end-of-document token."""
-        end = bpe.token_to_id(END_OF_DOCUMENT)
+        end = bpe.token_to_id(end_of_document)
         if end is None:
             raise DataError(
-                f"the tokenizer has no token {END_OF_DOCUMENT!r}.",
+                f"the tokenizer has no token {end_of_document!r}.",
                 "Train it with moejax.data.train_tokenizer, or add the token.",
             )
         bpe.encode_special_tokens = True  # special tokens in a text are text
         self._bpe = bpe
         self.end_of_document: int = end
+        self.end_token = end_of_document
         self.vocab: int = bpe.get_vocab_size()
         self.dtype = np.dtype(np.uint16 if self.vocab <= 1 << 16 else np.uint32)
 
@@ -79,6 +80,8 @@ class Tokenizer:
     def sha256(self) -> str:
         """A hash of vocabulary and merges: two tokenizers with equal hashes give equal ids."""
         model = json.loads(self._bpe.to_str())["model"]
+        if "merges" not in model:  # no BPE
+            return content_hash(model)
         merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
         return content_hash(model["vocab"], merges)
 
@@ -87,11 +90,11 @@ class Tokenizer:
         write_atomically(path, self._bpe.to_str() + "\n")
 
     @classmethod
-    def load(cls, path: Path | str) -> Tokenizer:
+    def load(cls, path: Path | str, end_of_document: str = END_OF_DOCUMENT) -> Tokenizer:
         """The tokenizer in a JSON file; DataError if it is missing or damaged."""
         try:
             text = Path(path).read_text(encoding="utf-8")
-            return cls(tokenizers.Tokenizer.from_str(text))
+            return cls(tokenizers.Tokenizer.from_str(text), end_of_document)
         except DataError:
             raise
         except Exception as error:  # the library raises bare Exception

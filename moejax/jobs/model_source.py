@@ -2,15 +2,41 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 
-from moejax.checkpoint import Manifest, load_model, read_manifest
+from moejax import weights
+from moejax.checkpoint import Manifest, import_model, load_model, read_config, read_manifest
 from moejax.core import CheckpointError, spec
-from moejax.files import find_resource
-from moejax.models import DecoderLM, parameters, retyped, with_parameters
+from moejax.data import Tokenizer, folder_tokenizer, shipped_tokenizer
+from moejax.files import content_hash, find_resource, open_tensors, sha256_of_file
+from moejax.models import DecoderLM, abstract_model, parameters, retyped, with_parameters
+
+
+@runtime_checkable
+class ModelSource(Protocol):
+    """Where a model comes from. path: what reports call it."""
+
+    @property
+    def path(self) -> str: ...
+
+    def load(self, stored: Any) -> DecoderLM:
+        """The model in float32, its plain weights rounded to `stored`, in which it will be saved.
+
+        CheckpointError where it is missing, damaged or unsupported.
+        """
+        ...
+
+    def manifest(self) -> Manifest:
+        """What can be known without its weights."""
+        ...
+
+    def tokenizer(self) -> Tokenizer:
+        """What its texts are cut by."""
+        ...
 
 
 @spec
@@ -20,16 +46,18 @@ class SavedModel:
     path: str
 
     def load(self, stored: Any) -> DecoderLM:
-        """The model in float32, its plain weights rounded to `stored`, in which it will be saved.
-
-        CheckpointError as `load_model`.
-        """
-        rounded = load_model(self.folder(), dtype=stored)
-        return with_parameters(rounded.spec, retyped(parameters(rounded), jnp.float32))
+        """CheckpointError as `load_model`."""
+        return _widened(load_model(self.folder(), dtype=stored))
 
     def manifest(self) -> Manifest:
         """What the folder's model.json says; no weights are read."""
         return read_manifest(self.folder())
+
+    def tokenizer(self) -> Tokenizer:
+        """The one in the folder, or the one that ships with moejax and its models."""
+        folder = self.folder()
+        has_one = (folder / "tokenizer.json").is_file()
+        return folder_tokenizer(folder) if has_one else shipped_tokenizer()
 
     def folder(self) -> Path:
         """The folder; a path in the working folder goes before a shipped name."""
@@ -43,3 +71,45 @@ class SavedModel:
                 f"there is no model folder {self.path!r}, and none of that name ships with moejax.",
                 "Give the model/ folder of a training run, or 'reference', 'nano'.",
             ) from error
+
+
+@spec
+class ImportedModel:
+    """A model folder as it is on Hugging Face's hub: config.json, safetensors, tokenizer.json."""
+
+    path: str
+
+    def load(self, stored: Any) -> DecoderLM:
+        """CheckpointError as `import_model`."""
+        return _widened(import_model(self.path, dtype=stored).model)
+
+    def manifest(self) -> Manifest:
+        """Spec and formats from config.json, the hash of all tensor files."""
+        _, family, described, _ = read_config(self.path)
+        named = parameters(abstract_model(described))
+        tensors = open_tensors(self.path)
+        facts: dict[str, Any] = {"family": family.name}
+        if (Path(self.path) / "tokenizer.json").is_file():
+            facts["tokenizer"] = self.tokenizer().sha256
+        return Manifest(
+            spec=described,
+            formats={name: weights.format_meta(weight) for name, weight in named.items()},
+            facts=facts,
+            file=tensors.files[0].name if tensors.files else "",
+            bytes=tensors.nbytes,
+            sha256=_hash_of(tensors.files),
+        )
+
+    def tokenizer(self) -> Tokenizer:
+        """The one in the folder; DataError if there is none."""
+        return folder_tokenizer(self.path)
+
+
+def _widened(rounded: DecoderLM) -> DecoderLM:
+    """The model in float32, in which it is studied, with the values that it has."""
+    return with_parameters(rounded.spec, retyped(parameters(rounded), jnp.float32))
+
+
+@functools.lru_cache(maxsize=32)
+def _hash_of(files: tuple[Path, ...]) -> str:
+    return content_hash([sha256_of_file(path) for path in files])

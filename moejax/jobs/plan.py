@@ -14,7 +14,7 @@ from rich.table import Table
 
 from moejax.checkpoint import payload_bytes
 from moejax.compress import Step, payload
-from moejax.jobs.model_source import SavedModel
+from moejax.jobs.model_source import ModelSource
 from moejax.models import (
     DecoderLM,
     ModelSpec,
@@ -32,7 +32,7 @@ class PlannedArm(Protocol):
     def name(self) -> str: ...
 
     @property
-    def model(self) -> SavedModel: ...
+    def model(self) -> ModelSource: ...
 
     @property
     def recipe(self) -> tuple[Step, ...]: ...

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -13,11 +14,11 @@ from moejax.calibrate import Calibration
 from moejax.checkpoint import payload_bytes, save_model
 from moejax.compress import Step, account, check_recipe, compress, touched
 from moejax.core import ConfigError, check_that, spec
-from moejax.data import Corpus
+from moejax.data import Corpus, Tokenizer, shipped_tokenizer, write_folder_tokenizer
 from moejax.evaluate import Scores, evaluate, specialisation
 from moejax.files import cache_root
 from moejax.jobs.expectations import Expectation
-from moejax.jobs.model_source import SavedModel
+from moejax.jobs.model_source import ModelSource
 from moejax.jobs.plan import Plan, plan_arms
 from moejax.jobs.text import Text
 from moejax.models import DecoderLM
@@ -32,7 +33,7 @@ class Arm:
     """A model and what is done to it. base: the arm it is compared with, None for none."""
 
     name: str
-    model: SavedModel
+    model: ModelSource
     recipe: tuple[Step, ...] = ()
     base: str | None = None
 
@@ -86,7 +87,7 @@ class Study:
 class Compress:
     """One recipe on one model: measured against the model it starts from, and saved as model/."""
 
-    model: SavedModel
+    model: ModelSource
     recipe: tuple[Step, ...]
     text: Text
     calibration: Text
@@ -103,22 +104,30 @@ class Compress:
 
     def run(self, folder: RunFolder) -> None:
         made = run_study(folder, self._study())[self.name]
-        facts = {"made_by": folder.facts["config_sha256"], "from": self.model.path}
+        tokenizer = self.model.tokenizer()
+        facts = {
+            "made_by": folder.facts["config_sha256"],
+            "from": self.model.path,
+            "tokenizer": tokenizer.sha256,
+        }
         save_model(folder.model, made, dtype=STORED, facts=facts)
+        if tokenizer.sha256 != shipped_tokenizer().sha256:
+            write_folder_tokenizer(folder.model, tokenizer)
 
 
 def run_study(folder: RunFolder, study: Study) -> dict[str, DecoderLM]:
     """Makes and measures every arm, writes ledger, results and report; returns the models."""
     sources = dict.fromkeys(arm.model for arm in study.arms)
-    for source in sources:
-        _check_tokenizer(source, study.text)
+    tokenizer = _common_tokenizer(list(sources))
     loaded = {source: source.load(STORED) for source in sources}
     for arm in study.arms:
         check_recipe(arm.recipe, loaded[arm.model])
     if any(arm.recipe for arm in study.arms):
         _check_apart(study.text, study.calibration)
-    batches, group_bytes = study.text.batches()
-    statistics = Calibration(study.calibration.batches()[0], cache=cache_root() / "statistics")
+    batches, group_bytes = study.text.batches(tokenizer)
+    statistics = Calibration(
+        study.calibration.batches(tokenizer)[0], cache=cache_root() / "statistics"
+    )
     ledger = Ledger()
     key = jax.random.key(study.seed)
     models: dict[str, DecoderLM] = {}
@@ -137,7 +146,7 @@ def run_study(folder: RunFolder, study: Study) -> dict[str, DecoderLM]:
     ):
         scores = evaluate(models, batches, base=bases, group_bytes=group_bytes, progress=bar)
     result = StudyResult(
-        protocol=_protocol(study, group_bytes),
+        protocol=_protocol(study, group_bytes, tokenizer),
         arms=tuple(
             _result(arm, models[arm.name], scores[arm.name], ledger, seconds[arm.name])
             for arm in study.arms
@@ -155,13 +164,19 @@ def run_study(folder: RunFolder, study: Study) -> dict[str, DecoderLM]:
     return models
 
 
-def _check_tokenizer(source: SavedModel, text: Text) -> None:
-    theirs, ours = source.manifest().facts.get("tokenizer"), text.tokenizer().sha256
-    if theirs is not None and theirs != ours:
-        raise ConfigError(
-            f"{source.path} has the tokenizer {theirs[:12]}, the text is cut by {ours[:12]}.",
-            "Studies use the tokenizer that ships; train with @shipped_tokenizer().",
-        )
+def _common_tokenizer(sources: Sequence[ModelSource]) -> Tokenizer:
+    """The tokenizer of all models; ConfigError if they differ, or one was trained with another."""
+    first = sources[0].tokenizer()
+    for source in sources:
+        trained = source.manifest().facts.get("tokenizer")
+        for sha256 in (source.tokenizer().sha256, trained):
+            if sha256 is not None and sha256 != first.sha256:
+                raise ConfigError(
+                    f"{source.path} has the tokenizer {sha256[:12]}, {sources[0].path} is read "
+                    f"with {first.sha256[:12]}.",
+                    "Compare models of one tokenizer in one study.",
+                )
+    return first
 
 
 def _check_apart(text: Text, calibration: Text) -> None:
@@ -215,7 +230,7 @@ def _baselines(study: Study) -> dict[str, dict[str, float]]:
     return found
 
 
-def _protocol(study: Study, group_bytes: dict[str, int]) -> dict[str, Any]:
+def _protocol(study: Study, group_bytes: dict[str, int], tokenizer: Tokenizer) -> dict[str, Any]:
     device = jax.devices()[0]
     calibrated = study.calibration
     return {
@@ -223,13 +238,13 @@ def _protocol(study: Study, group_bytes: dict[str, int]) -> dict[str, Any]:
         "text": f"{type(study.text.corpus).__name__}, split {study.text.split}",
         "text fingerprint": study.text.corpus.fingerprint,
         "bytes per group": group_bytes,
-        "window": f"{study.text.window} tokens, each window on its own",
+        "window": study.text.windowing,
         "calibration": (
             f"{type(calibrated.corpus).__name__}, split {calibrated.split}, "
             f"{calibrated.bytes_per_group} bytes per group after the first "
             f"{calibrated.skip_bytes}; no document of it is evaluated"
         ),
-        "tokenizer": study.text.tokenizer().sha256,
+        "tokenizer": tokenizer.sha256,
         "models": {arm.model.path: arm.model.manifest().sha256 for arm in study.arms},
         "seed": study.seed,
         "activations": "float32",

@@ -40,17 +40,18 @@ class Text:
             check_that(getattr(self, field) >= 1, self, field, "It must be at least 1.")
         check_that(self.skip_bytes >= 0, self, "skip_bytes", "Use 0 to start at the beginning.")
 
-    def tokenizer(self) -> Tokenizer:
-        """The tokenizer that ships with moejax."""
-        return shipped_tokenizer()
+    @property
+    def windowing(self) -> str:
+        """What a window sees and is scored on, in words."""
+        return f"{self.window} tokens, each window on its own"
 
     def documents(self, group: str) -> tuple[str, ...]:
         """The documents of a group."""
         return _documents(self.corpus, group, self.split, self.skip_bytes, self.bytes_per_group)
 
-    def batches(self) -> tuple[list[EvalBatch], dict[str, int]]:
-        """Windows of all groups, and bytes of text per group."""
-        tokenizer = self.tokenizer()
+    def batches(self, tokenizer: Tokenizer | None = None) -> tuple[list[EvalBatch], dict[str, int]]:
+        """Windows of all groups, and bytes of text per group; default is the shipped tokenizer."""
+        tokenizer = shipped_tokenizer() if tokenizer is None else tokenizer
         batches: list[EvalBatch] = []
         sizes: dict[str, int] = {}
         for group in progress(self.corpus.groups, "read text", "groups"):

@@ -28,7 +28,7 @@ def test_builders_exist_and_take_parameters():
     """Catches a builder that was renamed or moved."""
     for name in registry.BUILDERS:
         assert callable(registry.lookup(name).target)
-    assert list(registry.lookup("load_tokenizer").parameters) == ["path"]
+    assert list(registry.lookup("load_tokenizer").parameters) == ["path", "end_of_document"]
 
 
 def test_jobs_are_what_can_run_and_plan():

@@ -1,0 +1,126 @@
+"""Rules read what they write, and read what a file's layout says."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from moejax.checkpoint.config_reader import ConfigReader
+from moejax.checkpoint.families import families
+from moejax.checkpoint.rules import (
+    Consecutive,
+    Ignored,
+    Interleaved,
+    PairsToHalves,
+    Place,
+    Rule,
+    Transposed,
+)
+from moejax.core import CheckpointError
+from tests.checkpoint.hf_folders import MIXTRAL, W
+
+
+@pytest.fixture(scope="module")
+def place():
+    return Place(families()["mixtral"].spec(ConfigReader(MIXTRAL)), 1)
+
+
+def numbers(*shape):
+    return np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
+
+
+TURNS = [(Interleaved(), (12,)), (Interleaved(), (12, 12))]  # equal parts only
+ROWS = [(Consecutive(), (12,)), (Consecutive(), (24, 12, 12))]
+
+
+@pytest.mark.parametrize("steps", [(), (Transposed(),), (Transposed(), PairsToHalves())])
+@pytest.mark.parametrize(("split", "widths"), [*ROWS, *TURNS])
+def test_forward_undoes_inverse(place, steps, split, widths):
+    """Catches a step or split whose two directions do not fit, in values or in shape."""
+    parts = [numbers(5, width) + 1000 * i for i, width in enumerate(widths)]
+    rule = Rule(tuple(f"p{i}" for i in range(len(parts))), "t", *steps, split=split)
+    tensor = rule.inverse(parts, place)
+    assert rule.shape([part.shape for part in parts], place) == tensor.shape
+    for index, part in enumerate(parts):
+        np.testing.assert_array_equal(rule.forward(tensor, index, widths, place), part)
+
+
+def test_pairs_become_halves_in_each_head(place):
+    """Catches a permutation over the whole projection instead of each head's width."""
+    heads, steps = 2, PairsToHalves()
+    x = numbers(1, heads * W)
+    found = steps.forward(x, place)[0].reshape(heads, W)
+    for head in range(heads):
+        first = head * W
+        evens, odds = range(first, first + W, 2), range(first + 1, first + W, 2)
+        assert found[head].tolist() == [*evens, *odds]
+
+
+def test_gate_and_up_take_turns():
+    """Catches gpt-oss's gate_up read as two halves."""
+    x = numbers(2, 6)
+    np.testing.assert_array_equal(Interleaved().part(x, 0, (3, 3)), x[:, [0, 2, 4]])
+    np.testing.assert_array_equal(Interleaved().part(x, 1, (3, 3)), x[:, [1, 3, 5]])
+
+
+def test_ignored_names_mean_what_they_say():
+    """Catches a multi-token-prediction layer taken for one of the model's, and the reverse."""
+    extra = Ignored("model.layers.{beyond}.*", "a layer that predicts further tokens")
+    assert extra.match("model.layers.61.mlp.w", 61) and extra.match("model.layers.70.mlp.w", 61)
+    assert not extra.match("model.layers.60.mlp.w", 61)
+    assert not extra.match("model.layers.x.mlp.w", 61)
+    assert Ignored("*.inv_freq", "").match("model.layers.3.rotary_emb.inv_freq", 2)
+
+
+def test_names_are_matched_whole():
+    """Catches layer 1 of a pattern found in layer 11, or a suffix after a name."""
+    rule = Rule("layers.{l}.ffn.up", "t.{l}")
+    assert rule.match("layers.11.ffn.up") == (0, 11)
+    for name in ("layers.1.ffn.up.scale", "xlayers.1.ffn.up", "layers.01.ffn.up", "layers..ffn.up"):
+        assert rule.match(name) is None
+
+
+@pytest.mark.parametrize("family", dict.fromkeys(families().values()), ids=lambda f: f.name)
+def test_no_two_rules_share_a_tensor(family):
+    """Catches a family that writes one tensor twice: the later would replace the earlier."""
+    names = [rule.tensor for rule in family.rules]
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("hidden_size", None), ("hidden_size", -1), ("hidden_size", 2.5), ("hidden_size", True),
+        ("rms_norm_eps", "x"), ("rms_norm_eps", float("nan")), ("hidden_act", "mish"),
+        ("tie_word_embeddings", 1), ("sliding_window", 4096), ("num_hidden_layers", 1 << 39),
+        ("num_hidden_layers", 0), ("rope_scaling", {"rope_type": "yarn", "factor": 4}),
+        ("rope_scaling", {"type": "linear"}), ("rope_parameters", []),
+    ],
+)  # fmt: skip
+def test_a_field_that_cannot_be_honoured_is_named(field, value):
+    """Catches an unknown rope scaling, window or activation that is silently left out."""
+    config = MIXTRAL | {field: value}
+    with pytest.raises(CheckpointError) as caught:
+        families()["mixtral"].spec(ConfigReader(config))
+    named = caught.value.problem
+    assert field in named or "rotary positions" in named
+
+
+def test_rope_is_found_where_each_version_writes_it():
+    """Catches a base of 10000 where transformers 5 keeps rope_theta in rope_parameters."""
+    older = families()["mixtral"].spec(ConfigReader(MIXTRAL | {"rope_scaling": None}))
+    newer = dict(MIXTRAL, rope_parameters={"rope_type": "default", "rope_theta": 1e6})
+    del newer["rope_theta"]
+    assert older == families()["mixtral"].spec(ConfigReader(newer))
+    assert older.layers[0].mixer.rope_base == 1e6
+
+
+@pytest.mark.parametrize("name", ["mixtral", "olmoe", "llama"])
+def test_config_and_spec_are_each_other_s_inverse(name):
+    """Catches a field that export forgets, which a default then replaces."""
+    family = families()[name]
+    extra = {"num_experts": 7, "norm_topk_prob": True}
+    spec = family.spec(ConfigReader(MIXTRAL | extra | {"hidden_act": "gelu", "model_type": name}))
+    for tied in (True, False):
+        changed = dataclasses.replace(spec, tie_embeddings=tied)
+        assert family.spec(ConfigReader(family.config(changed))) == changed
