@@ -12,7 +12,7 @@ from moejax_kernels.grouped_outer import grouped_outer
 from moejax.calibrate.accumulators import Sums, Tokens
 from moejax.core import Taps, check_that, spec, taps
 from moejax.core.taps import Request
-from moejax.models import AttentionSpec, DenseSpec, LayerSpec, MLASpec, ModelSpec
+from moejax.models import AttentionSpec, LayerSpec, MLASpec, ModelSpec
 from moejax.moe import MoESpec
 
 PER_EXPERT = (taps.EXPERT_INPUT, taps.EXPERT_HIDDEN)
@@ -168,8 +168,7 @@ def _kv_latent_width(layer: LayerSpec, model: ModelSpec) -> int | None:
 
 
 def _hidden_width(layer: LayerSpec, model: ModelSpec) -> int | None:
-    dense = layer.ffn if isinstance(layer.ffn, DenseSpec) else layer.dense_residual
-    return None if dense is None else dense.width
+    return None if layer.dense is None else layer.dense.width
 
 
 def _shared_width(layer: LayerSpec, model: ModelSpec) -> int | None:

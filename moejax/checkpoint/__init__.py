@@ -21,6 +21,9 @@ from moejax.checkpoint.families import families, family_of
 from moejax.checkpoint.family import Family
 from moejax.checkpoint.importing import Imported, import_model, read_config
 
+# GGUF files
+from moejax.checkpoint.gguf import gguf_spec, load_gguf
+
 if TYPE_CHECKING:
     from moejax.checkpoint.train_state import TrainCheckpoints
 
@@ -35,7 +38,9 @@ __all__ = [
     "families",
     "family_for",
     "family_of",
+    "gguf_spec",
     "import_model",
+    "load_gguf",
     "load_model",
     "load_spec",
     "payload_bytes",

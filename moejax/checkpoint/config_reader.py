@@ -14,6 +14,7 @@ from moejax.moe import GELU, Activation, ReLU, SiLU
 
 T = TypeVar("T")
 _NEEDED: Any = object()
+_DEEPEST = 4096
 _LARGEST = 1e30  # of a number that a config means
 
 ACTIVATIONS: dict[str, Activation] = {
@@ -58,6 +59,28 @@ class ConfigReader:
             self.refuse(name, "a finite number")
         return float(value)
 
+    def optional_integer(self, name: str) -> int | None:
+        """A whole number; None where the field is missing or null."""
+        return None if self.raw(name) is None else self.integer(name)
+
+    def optional_number(self, name: str) -> float | None:
+        """A finite number; None where the field is missing or null."""
+        return None if self.raw(name) is None else self.number(name)
+
+    def depth(self, name: str) -> int:
+        """A number of layers, from 1 to what any model has: damage must not fill memory."""
+        depth = self.integer(name, most=_DEEPEST)
+        if depth < 1:
+            self.refuse(name, "at least 1")
+        return depth
+
+    def uniform(self, name: str, default: int = _NEEDED) -> int:
+        """A whole number, given once or as a list of equal ones for every layer."""
+        value = self._value(name, default)
+        if isinstance(value, list) and value and all(item == value[0] for item in value):
+            return ConfigReader({name: value[0]}, self.where).integer(name)
+        return self.integer(name, default)
+
     def numbers(self, name: str, count: int) -> tuple[float, ...]:
         """So many finite numbers."""
         values = self._value(name, _NEEDED)
@@ -98,6 +121,13 @@ class ConfigReader:
         if not isinstance(value, dict):
             self.refuse(name, "a table of fields")
         return ConfigReader(value, f"{self.where}, {name}")
+
+    def needed_table(self, name: str) -> ConfigReader:
+        """A field that is a table itself."""
+        self._value(name, _NEEDED)
+        table = self.table(name)
+        assert table is not None
+        return table
 
     def rope(self) -> ConfigReader:
         """rope_type, rope_theta and what belongs to them, wherever the config keeps them.

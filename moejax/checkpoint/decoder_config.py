@@ -9,19 +9,18 @@ from typing import Any, TypeVar
 from moejax.checkpoint.config_reader import ACTIVATIONS, ConfigReader
 from moejax.checkpoint.rope_config import read_rope, rope_fields
 from moejax.core import CheckpointError
-from moejax.models import AttentionSpec, LayerSpec, ModelSpec, RMSNorm
+from moejax.models import AttentionSpec, DenseSpec, LayerSpec, Mixer, ModelSpec, RMSNorm
 from moejax.moe import Activation, Dropless, MoESpec
 
 T = TypeVar("T")
-_DEEPEST = 4096
 
 
 def read_attention(
-    config: ConfigReader, rope_base: float = 10_000.0, **fields: Any
+    config: ConfigReader, rope_base: float = 10_000.0, rope_share: float = 1.0, **fields: Any
 ) -> AttentionSpec:
     """Grouped-query attention with rotary positions; `fields` go on top.
 
-    rope_base: what a missing rope_theta means in this family.
+    rope_base, rope_share: what a missing rope_theta and partial_rotary_factor mean in this family.
     """
     heads = config.integer("num_attention_heads")
     plain: dict[str, Any] = {
@@ -30,7 +29,7 @@ def read_attention(
         "head_width": config.integer("head_dim", config.integer("hidden_size") // max(heads, 1)),
     }
     if "rope" not in fields:
-        plain["rope"] = read_rope(config, plain["head_width"], rope_base)
+        plain["rope"] = read_rope(config, plain["head_width"], rope_base, rope_share)
     return AttentionSpec(**plain | fields)
 
 
@@ -42,7 +41,7 @@ def read_decoder(
     tied: what a missing tie_word_embeddings means in this family. `fields` go on top.
     """
     if isinstance(layers, LayerSpec):
-        layers = (layers,) * read_depth(config)
+        layers = (layers,) * config.depth("num_hidden_layers")
     plain: dict[str, Any] = {
         "vocab": config.integer("vocab_size"),
         "width": config.integer("hidden_size"),
@@ -50,32 +49,65 @@ def read_decoder(
         "tie_embeddings": config.flag("tie_word_embeddings", tied),
     }
     if "norm" not in fields:
-        plain["norm"] = RMSNorm(epsilon=config.number("rms_norm_eps"))
+        plain["norm"] = read_norm(config)
     return ModelSpec(**plain | fields)
 
 
-def read_depth(config: ConfigReader) -> int:
-    """num_hidden_layers, from 1 to what any model has: a damaged number must not fill memory."""
-    depth = config.integer("num_hidden_layers", most=_DEEPEST)
-    if depth < 1:
-        config.refuse("num_hidden_layers", "at least 1")
-    return depth
+def read_norm(config: ConfigReader) -> RMSNorm:
+    """The norm of most decoders."""
+    return RMSNorm(epsilon=config.number("rms_norm_eps"))
+
+
+def read_sparse_layers(
+    config: ConfigReader, mixer: Mixer, routed: MoESpec
+) -> tuple[LayerSpec, ...]:
+    """Qwen's plan: every decoder_sparse_step-th layer is routed, but for mlp_only_layers."""
+    step = config.integer("decoder_sparse_step", 1)
+    dense = config.raw("mlp_only_layers") or ()
+    if step < 1:
+        config.refuse("decoder_sparse_step", "a number of at least 1")
+    if not isinstance(dense, list | tuple) or not all(type(i) is int for i in dense):
+        config.refuse("mlp_only_layers", "a list of layers")
+
+    def ffn(layer: int) -> MoESpec | DenseSpec:
+        if layer not in dense and (layer + 1) % step == 0:
+            return routed
+        width = config.integer("intermediate_size")
+        return DenseSpec(width=width, activation=routed.activation)
+
+    return tuple(
+        LayerSpec(mixer=mixer, ffn=ffn(i)) for i in range(config.depth("num_hidden_layers"))
+    )
+
+
+def sparse_layers_config(spec: ModelSpec) -> dict[str, Any]:
+    """The fields that `read_sparse_layers` reads."""
+    dense = [i for i, layer in enumerate(spec.layers) if isinstance(layer.ffn, DenseSpec)]
+    routed = the_one(spec, "ffn", MoESpec)
+    width = the_one(spec, "ffn", DenseSpec).width if dense else routed.width
+    return {"decoder_sparse_step": 1, "mlp_only_layers": dense, "intermediate_size": width}
 
 
 def decoder_config(spec: ModelSpec, ffn: Any) -> dict[str, Any]:
     """The fields that `read_attention` and `read_decoder` read; ffn: whose activation it names."""
     mixer = the_one(spec, "mixer", AttentionSpec)
-    return {
-        "vocab_size": spec.vocab,
-        "hidden_size": spec.width,
-        "num_hidden_layers": len(spec.layers),
+    return model_config(spec, ffn) | {
         "num_attention_heads": mixer.heads,
         "num_key_value_heads": mixer.kv_heads,
         "head_dim": mixer.head_width,
-        "hidden_act": activation_name(ffn.activation),
+        **rope_fields(mixer.rope, mixer.head_width),
+    }
+
+
+def model_config(spec: ModelSpec, ffn: Any = None) -> dict[str, Any]:
+    """The fields that `read_decoder` reads; ffn: whose activation they name, None for none."""
+    named = {} if ffn is None else {"hidden_act": activation_name(ffn.activation)}
+    return named | {
+        "vocab_size": spec.vocab,
+        "hidden_size": spec.width,
+        "num_hidden_layers": len(spec.layers),
         "rms_norm_eps": getattr(spec.norm, "epsilon", None),
         "tie_word_embeddings": spec.tie_embeddings,
-        **rope_fields(mixer.rope, mixer.head_width),
     }
 
 

@@ -7,23 +7,35 @@ from typing import Any
 
 from moejax.checkpoint.config_reader import ConfigReader
 from moejax.core import CheckpointError
-from moejax.models import LinearScaling, Llama3Scaling, LongRope, Rope, RopeScaling, YaRN
-from moejax.models.rope import yarn_mscale
+from moejax.models import (
+    LinearScaling,
+    Llama3Scaling,
+    LongRope,
+    Rope,
+    RopeScaling,
+    YaRN,
+    yarn_mscale,
+)
 
-_WHOLE = 1.0
 _LONGEST = 1 << 40  # tokens
 _TYPES = ("default", "linear", "llama3", "yarn", "longrope")
 
 
 def read_rope(
-    config: ConfigReader, head_width: int, base: float = 10_000.0, interleaved: bool = False
+    config: ConfigReader,
+    head_width: int,
+    base: float = 10_000.0,
+    share: float = 1.0,
+    interleaved: bool = False,
 ) -> Rope:
-    """The rotation of heads of this width. base: what a missing rope_theta means in this family.
+    """The rotation of heads of this width.
+
+    base, share: what a missing rope_theta and partial_rotary_factor mean in this family.
 
     Raises CheckpointError for a kind of scaling that is not known here.
     """
     table = config.rope()
-    share = table.number("partial_rotary_factor", config.number("partial_rotary_factor", _WHOLE))
+    share = table.number("partial_rotary_factor", config.number("partial_rotary_factor", share))
     width = int(head_width * share)
     return Rope(
         base=table.number("rope_theta", base),
@@ -98,8 +110,7 @@ def rope_fields(rope: Rope | None, head_width: int) -> dict[str, Any]:
             "Export to another family.",
         )
     fields: dict[str, Any] = {"rope_type": "default", "rope_theta": rope.base}
-    if rope.width is not None:
-        fields["partial_rotary_factor"] = rope.width / head_width
+    fields["partial_rotary_factor"] = rope.rotated(head_width) / head_width
     scaling = rope.scaling
     if isinstance(scaling, LinearScaling):
         fields |= {"rope_type": "linear", "factor": scaling.factor}

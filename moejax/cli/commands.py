@@ -20,12 +20,13 @@ def run(options: argparse.Namespace) -> None:
 
 
 def plan(options: argparse.Namespace) -> None:
-    """`moejax plan FILE`: prints what the job would do and cost."""
+    """`moejax plan FILE`: prints what the job, or a model without one, would do and cost."""
     print(f"moejax plan {options.file}", flush=True)
 
     from moejax.config import load_config
 
-    job = load_config(options.file, options.bindings).job()
+    model_alone = {"ModelSpec": ("run.job = @PlanModel()", "PlanModel.model = @ModelSpec()")}
+    job = load_config(options.file, options.bindings, model_alone).job()
     print(job.plan() or f"{type(job).__name__} needs no plan: it costs next to nothing.")
 
 

@@ -144,7 +144,13 @@ class LeaveOneOut:
                 f"{k} are chosen, {'without' if moe.slots is None else 'behind'} a slot map.",
                 "Score experts before they are merged, and where more are left than chosen.",
             )
-        moe.router.selector.keeping(range(1, moe.experts), moe.experts)  # groups forbid a gap
+        selector = moe.router.selector
+        if selector.keeping(range(1, moe.experts), moe.experts) != selector:
+            raise SpecError(
+                f"LeaveOneOut cannot spare one of the experts in layer {layer}: {selector} would "
+                "be another one without it.",
+                "Score experts of a group-limited router by another score.",
+            )
         x_TxD = jnp.asarray(stats[LayerInputs(tokens=self.tokens).name], jnp.float32)
         graphdef, state = nnx.split(block.moe)
         whole_TxD = _output(graphdef, state, x_TxD)

@@ -13,12 +13,15 @@ def run(job: Any) -> Any:
 
 
 def repeat(item: Any, times: int) -> tuple[Any, ...]:
-    """`item`, `times` times: `ModelSpec.layers = @repeat()`. SpecError unless times >= 0."""
+    """`item`, `times` times: `ModelSpec.layers = @repeat()`. SpecError unless times >= 0.
+
+    A tuple is a pattern: its items in order, `times` times.
+    """
     if isinstance(times, bool) or not isinstance(times, int) or times < 0:
         raise SpecError(
             f"repeat.times = {times!r} is impossible.", "Give a whole number from 0.", field="times"
         )
-    return (item,) * times
+    return (item if isinstance(item, tuple) else (item,)) * times
 
 
 def concatenate(parts: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ from moejax.config.search import find_config, shown
 from moejax.config.values import Location, Origin
 from moejax.core.errors import ConfigError, MoejaxError, SpecError
 from moejax.runs import config_hash
+
+_NONE: Mapping[str, Sequence[str]] = {}
 
 
 @dataclass(frozen=True)
@@ -57,11 +59,14 @@ class Config:
         return located(error, line) if line else error
 
 
-def load_config(file: str | Path, bindings: Sequence[str] = ()) -> Config:
+def load_config(
+    file: str | Path, bindings: Sequence[str] = (), stand_in: Mapping[str, Sequence[str]] = _NONE
+) -> Config:
     """Reads a gin file, then `bindings` such as "GPTQ.bits=3", and builds the job.
 
     file: looked for in the working folder, then among the configs that ship with moejax; `.gin` may
-    be left out. Raises ConfigError, naming file and line, for everything that is wrong with it.
+    be left out. stand_in: a name -> bindings that give a config with such a name, and without a
+    job, its job. Raises ConfigError, naming file and line, for everything that is wrong with it.
     """
     path = find_config(file)
     read = Bindings()
@@ -70,6 +75,10 @@ def load_config(file: str | Path, bindings: Sequence[str] = ()) -> Config:
         read.read_binding(binding)
     top = Location(shown(path))
     root = lookup("run")
+    for name, more in stand_in.items():
+        if ("", root.selector) not in read.by_key and ("", lookup(name).selector) in read.by_key:
+            for binding in more:
+                read.read_binding(binding)
     bound = read.by_key.get(("", root.selector), {}).get("job")
     if bound is None:
         raise ConfigError(

@@ -30,6 +30,7 @@ BUILDERS = {  # name -> module:attribute, for what is no spec
     "PipCorpus": "moejax.data.pip_corpus:PipCorpus",
     "HeldoutSample": "moejax.data.heldout:HeldoutSample",
     "ReferenceHeldout": "moejax.data.heldout:ReferenceHeldout",
+    "PythonTopics": "moejax.data.python_topics:PythonTopics",
     "FolderCorpus": "moejax.data.folder_corpus:FolderCorpus",
     "load_tokenizer": "moejax.data.tokenizer:Tokenizer.load",
     "shipped_tokenizer": "moejax.data.tokenizer:shipped_tokenizer",

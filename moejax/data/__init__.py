@@ -12,9 +12,11 @@ from moejax.data.corpus import (
     split_of,
 )
 from moejax.data.folder_corpus import FolderCorpus
-from moejax.data.folder_tokenizer import folder_tokenizer
+from moejax.data.folder_tokenizer import folder_tokenizer, write_folder_tokenizer
+from moejax.data.gguf_tokenizer import gguf_tokenizer
 from moejax.data.heldout import HeldoutSample, ReferenceHeldout, write_heldout_sample
 from moejax.data.pip_corpus import GROUPS, PipCorpus
+from moejax.data.python_topics import PythonTopics
 from moejax.data.store import GroupFacts, TokenStore, tokenize_corpus
 from moejax.data.tokenizer import (
     END_OF_DOCUMENT,
@@ -41,12 +43,14 @@ __all__ = [
     "GroupFacts",
     "HeldoutSample",
     "PipCorpus",
+    "PythonTopics",
     "ReferenceHeldout",
     "Split",
     "TokenStore",
     "Tokenizer",
     "balanced_texts",
     "folder_tokenizer",
+    "gguf_tokenizer",
     "heldout_documents",
     "heldout_text",
     "shipped_tokenizer",
@@ -54,6 +58,7 @@ __all__ = [
     "tokenize_corpus",
     "train_tokenizer",
     "windows",
+    "write_folder_tokenizer",
     "write_heldout_sample",
     "xz_bits_per_byte",
 ]

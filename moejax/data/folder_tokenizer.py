@@ -7,11 +7,12 @@ from typing import Any
 
 import tokenizers
 
-from moejax.core.atomic import read_json
+from moejax.core.atomic import read_json, write_json
 from moejax.core.errors import DataError, RunError
 from moejax.data.tokenizer import END_OF_DOCUMENT, Tokenizer
 
 TOKENIZER = "tokenizer.json"
+CONFIG = "tokenizer_config.json"
 
 
 def folder_tokenizer(folder: Path | str) -> Tokenizer:
@@ -32,8 +33,14 @@ def folder_tokenizer(folder: Path | str) -> Tokenizer:
     return Tokenizer.load(path, _end_of_document(folder, path))
 
 
+def write_folder_tokenizer(folder: Path | str, tokenizer: Tokenizer) -> None:
+    """Puts a tokenizer where `folder_tokenizer` finds it, its end-of-document token with it."""
+    tokenizer.save(Path(folder) / TOKENIZER)
+    write_json(Path(folder) / CONFIG, {"eos_token": tokenizer.end_token})
+
+
 def _end_of_document(folder: Path, path: Path) -> str:
-    named: Any = _fields(folder / "tokenizer_config.json").get("eos_token")
+    named: Any = _fields(folder / CONFIG).get("eos_token")
     if isinstance(named, dict):
         named = named.get("content")
     if isinstance(named, str):

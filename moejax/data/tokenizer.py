@@ -24,7 +24,7 @@ class Tokenizer:
     """Text to token ids and back. Ids are uint16, or uint32 where the vocabulary needs it.
 
     vocab: number of ids. end_of_document: the id that ends every document; no text encodes to it,
-    not even text that spells it out.
+    not even text that spells it out. end_token: how it is written.
     """
 
     def __init__(self, bpe: tokenizers.Tokenizer, end_of_document: str = END_OF_DOCUMENT):
@@ -38,23 +38,43 @@ class Tokenizer:
         bpe.encode_special_tokens = True  # special tokens in a text are text
         self._bpe = bpe
         self.end_of_document: int = end
+        self.end_token = end_of_document
         self.vocab: int = bpe.get_vocab_size()
         self.dtype = np.dtype(np.uint16 if self.vocab <= 1 << 16 else np.uint32)
 
     def encode(self, text: str) -> np.ndarray:
-        """The ids [n] of a text, without an end-of-document id."""
-        return np.asarray(self._bpe.encode(text, add_special_tokens=False).ids, self.dtype)
+        """The ids [n] of a text, without an end-of-document id.
+
+        Raises DataError for a byte that the tokenizer has no token for.
+        """
+        ids = self._bpe.encode(text, add_special_tokens=False).ids
+        return self._without_unknown(np.asarray(ids, self.dtype), text)
 
     def encode_documents(self, texts: Sequence[str]) -> np.ndarray:
-        """The ids of all texts in one array, an end-of-document id after each; in parallel."""
+        """The ids of all texts in one array, an end-of-document id after each; in parallel.
+
+        Raises DataError as `encode`.
+        """
         encodings = self._bpe.encode_batch_fast(list(texts), add_special_tokens=False)
-        end = [self.end_of_document]
-        ids = [np.asarray(part, self.dtype) for e in encodings for part in (e.ids, end)]
-        return np.concatenate(ids) if ids else np.zeros(0, self.dtype)
+        end = np.asarray([self.end_of_document], self.dtype)
+        ids = [np.zeros(0, self.dtype)]
+        for text, encoding in zip(texts, encodings, strict=True):
+            ids += [self._without_unknown(np.asarray(encoding.ids, self.dtype), text), end]
+        return np.concatenate(ids)
 
     def decode(self, tokens: np.ndarray | Sequence[int]) -> str:
         """The text of token ids; bytes that are no UTF-8 (a character cut in two) become U+FFFD."""
         return self._bpe.decode([int(token) for token in tokens], skip_special_tokens=False)
+
+    def _without_unknown(self, ids: np.ndarray, text: str) -> np.ndarray:
+        """The ids of `text`; no text spells the end of a document, so there it means unknown."""
+        if np.any(ids == self.end_of_document):
+            unknown = next(c for c in text if self.end_of_document in self._bpe.encode(c).ids)
+            raise DataError(
+                f"the text holds {unknown!r}, for which the tokenizer has no token.",
+                "Leave the character out, or use a tokenizer with all 256 bytes.",
+            )
+        return ids
 
     @functools.cached_property
     def sha256(self) -> str:

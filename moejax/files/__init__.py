@@ -1,8 +1,9 @@
-"""Files: fetched assets, shipped resources, safetensors and the content-addressed cache."""
+"""Files: fetched assets, shipped resources, safetensors, GGUF and the content-addressed cache."""
 
 from moejax.files.assets import ASSETS, AssetSource, extract_member, fetch
 from moejax.files.cache import cache_root, content_hash, sha256_of_file
 from moejax.files.folders import new_folder
+from moejax.files.gguf import GGUF, GGUFTensor
 from moejax.files.header import TensorHeader, read_header
 from moejax.files.resources import find_resource
 from moejax.files.scaled import as_floats
@@ -17,8 +18,10 @@ from moejax.files.tensors import (
 
 __all__ = [
     "ASSETS",
+    "GGUF",
     "AssetSource",
     "FileTensor",
+    "GGUFTensor",
     "StoredTensor",
     "StoredTensors",
     "TensorHeader",

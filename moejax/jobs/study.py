@@ -14,7 +14,7 @@ from moejax.calibrate import Calibration
 from moejax.checkpoint import payload_bytes, save_model
 from moejax.compress import Step, account, check_recipe, compress, touched
 from moejax.core import ConfigError, check_that, spec
-from moejax.data import Corpus, Tokenizer
+from moejax.data import Corpus, Tokenizer, shipped_tokenizer, write_folder_tokenizer
 from moejax.evaluate import Scores, evaluate, specialisation
 from moejax.files import cache_root
 from moejax.jobs.expectations import Expectation
@@ -104,8 +104,15 @@ class Compress:
 
     def run(self, folder: RunFolder) -> None:
         made = run_study(folder, self._study())[self.name]
-        facts = {"made_by": folder.facts["config_sha256"], "from": self.model.path}
+        tokenizer = self.model.tokenizer()
+        facts = {
+            "made_by": folder.facts["config_sha256"],
+            "from": self.model.path,
+            "tokenizer": tokenizer.sha256,
+        }
         save_model(folder.model, made, dtype=STORED, facts=facts)
+        if tokenizer.sha256 != shipped_tokenizer().sha256:
+            write_folder_tokenizer(folder.model, tokenizer)
 
 
 def run_study(folder: RunFolder, study: Study) -> dict[str, DecoderLM]:
@@ -231,7 +238,7 @@ def _protocol(study: Study, group_bytes: dict[str, int], tokenizer: Tokenizer) -
         "text": f"{type(study.text.corpus).__name__}, split {study.text.split}",
         "text fingerprint": study.text.corpus.fingerprint,
         "bytes per group": group_bytes,
-        "window": f"{study.text.window} tokens, each window on its own",
+        "window": study.text.windowing,
         "calibration": (
             f"{type(calibrated.corpus).__name__}, split {calibrated.split}, "
             f"{calibrated.bytes_per_group} bytes per group after the first "

@@ -40,6 +40,11 @@ class Text:
             check_that(getattr(self, field) >= 1, self, field, "It must be at least 1.")
         check_that(self.skip_bytes >= 0, self, "skip_bytes", "Use 0 to start at the beginning.")
 
+    @property
+    def windowing(self) -> str:
+        """What a window sees and is scored on, in words."""
+        return f"{self.window} tokens, each window on its own"
+
     def documents(self, group: str) -> tuple[str, ...]:
         """The documents of a group."""
         return _documents(self.corpus, group, self.split, self.skip_bytes, self.bytes_per_group)

@@ -29,7 +29,7 @@ class Block(nnx.Module):
         self.spec = layer
         self.multiplier = model.residual_multiplier
         width, scale = model.width, model.init_scale
-        mixer, ffn, beside = layer.mixer, layer.ffn, layer.dense_residual
+        mixer, ffn = layer.mixer, layer.ffn
 
         def norm(exists: bool) -> Norm | None:
             return Norm(model.norm, width) if exists else None
@@ -39,10 +39,8 @@ class Block(nnx.Module):
         self.attention_post_norm = norm(mixer is not None and model.post_norm)
         self.ffn_norm = norm(ffn is not None)
         self.moe = MoELayer(ffn, width, scale, rngs=rngs) if isinstance(ffn, MoESpec) else None
-        self.ffn = _dense(ffn, width, scale, rngs) if isinstance(ffn, DenseSpec) else None
-        if beside is not None:
-            self.ffn = _dense(beside, width, scale, rngs)
-        self.moe_norm = norm(beside is not None)
+        self.moe_norm = norm(layer.dense_residual is not None)
+        self.ffn = _dense(layer.dense, width, scale, rngs) if layer.dense is not None else None
         self.ffn_post_norm = norm(ffn is not None and model.post_norm)
 
     def __call__(

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
 
 from moejax import weights
-from moejax.models.parameters import abstract_model, parameters
-from moejax.models.spec import ModelSpec
+from moejax.models.parameters import (
+    abstract_block,
+    abstract_model,
+    block_parameters,
+    parameters,
+)
+from moejax.models.spec import LayerSpec, ModelSpec
 from moejax.moe import MoESpec
 
 
@@ -31,16 +38,14 @@ class Counts:
 
 def count_parameters(spec: ModelSpec) -> Counts:
     """Counts from the spec alone; tables and router state, which never train, are left out."""
-    sizes = {
-        name: math.prod(weights.shape(value))
-        for name, value in parameters(abstract_model(spec)).items()
-        if not any(word in name for word in (".slots", ".selector.", ".rules."))
-    }
-    idle = sum(_idle(spec, name, size) for name, size in sizes.items())
-    total = sum(sizes.values())
-    active = total - idle
-    without_input = active - sizes["embed"]
-    output = sum(sizes.get(name, 0) for name in ("head", "head_bias"))
+    outer = _sizes(parameters(abstract_model(dataclasses.replace(spec, layers=()))))
+    total, active = sum(outer.values()), sum(outer.values())
+    for layer, times in Counter(spec.layers).items():
+        sizes = _sizes(block_parameters(abstract_block(layer, spec)))
+        total += times * sum(sizes.values())
+        active += times * sum(size - _idle(layer, name, size) for name, size in sizes.items())
+    without_input = active - outer["embed"]
+    output = sum(outer.get(name, 0) for name in ("head", "head_bias"))
     return Counts(total, active, without_input, without_input - output)
 
 
@@ -63,11 +68,20 @@ def cache_bytes_per_token(spec: ModelSpec, dtype: Any = jnp.bfloat16) -> int:
     return jnp.dtype(dtype).itemsize * sum(mixer.cached_per_token for mixer in mixers)
 
 
-def _idle(spec: ModelSpec, name: str, size: int) -> int:
+def _sizes(named: Mapping[str, Any]) -> dict[str, int]:
+    fixed = ("slots.", "router.selector.", "rules.")
+    return {
+        name: math.prod(weights.shape(value))
+        for name, value in named.items()
+        if not name.removeprefix("moe.").startswith(fixed)
+    }
+
+
+def _idle(layer: LayerSpec, name: str, size: int) -> int:
     """Parameters of `name` that a token does not meet: the experts it was not sent to."""
-    if ".moe.experts." not in name:
+    if not name.startswith("moe.experts."):
         return 0
-    ffn = spec.layers[int(name.split(".")[1])].ffn
+    ffn = layer.ffn
     assert isinstance(ffn, MoESpec)
     per_expert = size // ffn.stored
     chosen = min(getattr(ffn.router.selector, "k", ffn.experts), ffn.stored)

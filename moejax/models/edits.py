@@ -18,8 +18,8 @@ from moejax.moe import MoESpec, RoutingRule, rule_tables
 def select_experts(block: Block, keep: Sequence[int]) -> Block:
     """The block with only the experts `keep`, in that order: bank, router rows and router state.
 
-    SpecError when the layer has no experts, an index is out of range or repeated, fewer experts are
-    left than the router chooses per token, or the groups it chooses among would be broken up.
+    SpecError when the layer has no experts, an index is out of range or repeated, or fewer experts
+    are left than the router chooses per token.
     """
     ffn = block.spec.ffn
     if not isinstance(ffn, MoESpec) or block.moe is None:

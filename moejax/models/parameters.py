@@ -6,6 +6,7 @@ Names are per layer whatever the runs are: `embed`, `layers.3.moe.experts.gate`,
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,7 +19,7 @@ from moejax import weights
 from moejax.core import CheckpointError, compat
 from moejax.models.block import Block
 from moejax.models.decoder import DecoderLM, layers, with_layers
-from moejax.models.spec import ModelSpec
+from moejax.models.spec import LayerSpec, ModelSpec
 
 Weight = Any  # a jax array or a moejax.weights.Format
 
@@ -27,9 +28,18 @@ def parameters(model: DecoderLM) -> dict[str, Weight]:
     """Every variable of the model by its canonical name, layers unstacked."""
     named = {name: compat.read(variable) for name, variable in _variables(model, skip_runs=True)}
     for index, block in enumerate(layers(model)):
-        for name, variable in _variables(block):
-            named[f"layers.{index}.{name}"] = compat.read(variable)
+        named |= {f"layers.{index}.{name}": w for name, w in block_parameters(block).items()}
     return named
+
+
+def block_parameters(block: Block) -> dict[str, Weight]:
+    """Every variable of one block by its name within the layer."""
+    return {name: compat.read(variable) for name, variable in _variables(block)}
+
+
+def abstract_block(layer: LayerSpec, spec: ModelSpec) -> Block:
+    """One block of a model, as ShapeDtypeStructs."""
+    return nnx.eval_shape(lambda: Block(layer, spec, rngs=nnx.Rngs(0)))
 
 
 def with_parameters(spec: ModelSpec, named: Mapping[str, Weight]) -> DecoderLM:
@@ -96,8 +106,11 @@ def retyped(named: Mapping[str, Any], dtype: Any) -> dict[str, Any]:
 
 
 def _abstract_parts(spec: ModelSpec) -> tuple[DecoderLM, list[Block]]:
-    hollow = nnx.eval_shape(lambda: DecoderLM(spec, rngs=nnx.Rngs(0)))
-    return hollow, layers(hollow)
+    # Each kind of layer is traced once: a model of 61 layers takes seconds otherwise.
+    outer = dataclasses.replace(spec, layers=())
+    hollow = nnx.eval_shape(lambda: DecoderLM(outer, rngs=nnx.Rngs(0)))
+    kinds = {layer: abstract_block(layer, spec) for layer in dict.fromkeys(spec.layers)}
+    return hollow, [compat.copied(kinds[layer]) for layer in spec.layers]
 
 
 def _variables(module: nnx.Module, skip_runs: bool = False) -> list[tuple[str, nnx.Variable]]:

@@ -40,6 +40,11 @@ class LayerSpec:
         )
 
     @property
+    def dense(self) -> DenseSpec | None:
+        """The dense feed-forward, alone or beside the routed one."""
+        return self.ffn if isinstance(self.ffn, DenseSpec) else self.dense_residual
+
+    @property
     def reads(self) -> frozenset[str]:
         """What the layer takes from layers below it besides the residual stream."""
         return frozenset() if self.mixer is None else self.mixer.reads

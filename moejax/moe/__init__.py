@@ -20,6 +20,7 @@ from moejax.moe.gates import (
     SigmoidGates,
     SoftmaxGates,
     SparseMixerGates,
+    UnitGates,
 )
 
 # Rules on a routing
@@ -112,6 +113,7 @@ __all__ = [
     "TanhScores",
     "TopK",
     "TopKLoadBalance",
+    "UnitGates",
     "draw",
     "rule_tables",
 ]

@@ -132,5 +132,19 @@ class SparseMixerGates:
         return jnp.concatenate(gates, axis=-1)
 
 
+@spec
+class UnitGates:
+    """g = 1 for every chosen expert: a layer adds its experts up (arXiv:2110.01786).
+
+    p = softmax(l) serves selection and losses; through g no gradient reaches the router.
+    """
+
+    def probabilities(self, logits_TxE: Array) -> Array:
+        return jax.nn.softmax(logits_TxE, axis=-1)
+
+    def weigh(self, logits_TxE: Array, probabilities_TxE: Array, expert_TxK: Array) -> Array:
+        return jnp.ones(expert_TxK.shape, logits_TxE.dtype)
+
+
 def _chosen(values_TxE: Array, expert_TxK: Array) -> Array:
     return jnp.take_along_axis(values_TxE, expert_TxK, axis=-1)

@@ -8,9 +8,10 @@ from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
-from moejax.core import SpecError, check_that, spec
+from moejax.core import check_that, spec
 
 
 @runtime_checkable
@@ -31,10 +32,7 @@ class Selector(Protocol):
         ...
 
     def keeping(self, keep: Sequence[int], experts: int) -> Selector:
-        """The selector of a router that keeps these of its experts, in this order.
-
-        SpecError where it would choose by another rule than before.
-        """
+        """The selector of a router that keeps these of its experts, in this order."""
         ...
 
 
@@ -111,23 +109,29 @@ class BiasedTopK:
 
 @spec
 class GroupLimited:
-    """`selector` among the experts of the `kept` best of `groups` equal groups of neighbours.
+    """`selector` among the experts of the `kept` best of `groups` groups.
 
     A group scores the sum of its `best` highest ranks: 1 in DeepSeek-V2 (arXiv:2405.04434, section
     2.2.2), 2 in DeepSeek-V3 (arXiv:2412.19437), whose ranks include the bias. The other groups
     rank at minus infinity, as in transformers 5.23.0 and DeepSeek's own code; older transformers
     put 0, which chooses from them where biased ranks are negative.
+    members: the group of each expert; empty for equal groups of neighbours, as models are released.
+    Experts that were moved or dropped leave others; a group that has fewer than `best` experts left
+    then scores minus infinity, as if the others could not be chosen.
     """
 
     selector: RankedSelector
     groups: int
     kept: int
     best: int = 1
+    members: tuple[int, ...] = ()
 
     def check(self) -> None:
         check_that(self.groups >= 1, self, "groups", "Use 1 for no limit.")
         check_that(1 <= self.kept <= self.groups, self, "kept", f"Keep 1 to {self.groups} groups.")
         check_that(self.best >= 1, self, "best", "Use 1 for a group's highest rank.")
+        known = all(0 <= group < self.groups for group in self.members)
+        check_that(known, self, "members", f"Groups are 0 to {self.groups - 1}.")
 
     @property
     def k(self) -> int:
@@ -138,11 +142,19 @@ class GroupLimited:
 
     def rank(self, probabilities_TxE: Array, state: dict[str, Array]) -> Array:
         rank_TxE = self.selector.rank(probabilities_TxE, state)
-        rank_TxGxM = rank_TxE.reshape(rank_TxE.shape[0], self.groups, -1)
-        group_TxG = jax.lax.top_k(rank_TxGxM, self.best)[0].sum(-1)
-        kept_TxN = jax.lax.top_k(group_TxG, self.kept)[1]
+        group_E = self._group_E(rank_TxE.shape[1])
+        # [G, M], the experts of each group; short groups are filled up with an expert E.
+        of_groups = [np.flatnonzero(group_E == group) for group in range(self.groups)]
+        largest = max(len(experts) for experts in of_groups)
+        fill = len(group_E)
+        expert_GxM = np.full((self.groups, largest), fill)
+        for row, experts in zip(expert_GxM, of_groups, strict=True):
+            row[: len(experts)] = experts
+        rank_TxGxM = rank_TxE.at[:, expert_GxM].get(mode="fill", fill_value=-jnp.inf)
+        score_TxG = jax.lax.top_k(rank_TxGxM, self.best)[0].sum(-1)
+        kept_TxN = jax.lax.top_k(score_TxG, self.kept)[1]
         kept_TxG = jax.nn.one_hot(kept_TxN, self.groups, dtype=bool).any(1)
-        return jnp.where(kept_TxG[:, :, None], rank_TxGxM, -jnp.inf).reshape(rank_TxE.shape)
+        return jnp.where(kept_TxG[:, group_E], rank_TxE, -jnp.inf)
 
     def choose(self, probabilities_TxE: Array, state: dict[str, Array]) -> Array:
         return _highest(self, probabilities_TxE, state)
@@ -151,27 +163,33 @@ class GroupLimited:
         return self.selector.next_state(counts_E, state)
 
     def objection(self, experts: int) -> str | None:
-        if experts % self.groups:
+        if self.members and len(self.members) != experts:
+            return f"GroupLimited.members has the groups of {len(self.members)}."
+        if not self.members and experts % self.groups:
             return f"GroupLimited.groups = {self.groups} must divide them."
-        each = experts // self.groups
-        if each < self.best:
-            return f"A group of {each} has no {self.best} best: lower GroupLimited.best."
-        if self.kept * each < self.k:
-            return f"{self.kept} groups of {each} hold fewer than the {self.k} chosen experts."
+        sizes = np.sort(np.bincount(self._group_E(experts), minlength=self.groups))
+        if sizes[-1] < self.best:
+            return f"No group has {self.best} best of {sizes[-1]}: lower GroupLimited.best."
+        if sizes[: self.kept].sum() < self.k:
+            return f"{self.kept} groups may hold fewer than the {self.k} chosen experts."
         return self.selector.objection(experts)
 
     def keeping(self, keep: Sequence[int], experts: int) -> GroupLimited:
-        each = experts // self.groups
-        left = list(dict.fromkeys(expert // each for expert in keep))
-        in_order = [group for group in left for _ in range(len(keep) // len(left))]
-        if [expert // each for expert in keep] != in_order:
-            raise SpecError(
-                f"keep = {list(keep)} breaks the {self.groups} groups of {each} experts that "
-                "GroupLimited chooses among.",
-                "Keep equally many experts of every group that stays, group by group.",
-            )
-        inner = self.selector.keeping(keep, experts)
-        return dataclasses.replace(self, selector=inner, groups=len(left))
+        left, group = np.unique(self._group_E(experts)[list(keep)], return_inverse=True)
+        groups = len(left)
+        neighbours = np.arange(len(keep)) * groups // max(len(keep), 1)
+        as_released = len(keep) % max(groups, 1) == 0 and np.array_equal(group, neighbours)
+        return dataclasses.replace(
+            self,
+            selector=self.selector.keeping(keep, experts),
+            groups=groups,
+            kept=min(self.kept, groups),
+            members=() if as_released else tuple(group.tolist()),
+        )
+
+    def _group_E(self, experts: int) -> np.ndarray:
+        neighbours = np.arange(experts) * self.groups // experts
+        return np.asarray(self.members, np.int64) if self.members else neighbours
 
 
 def _highest(selector: RankedSelector, probabilities_TxE: Array, state: dict[str, Array]) -> Array:

@@ -115,7 +115,7 @@ def test_an_accumulator_from_outside_reads_other_taps(tokens, monkeypatch):
     real = stream.run_block
 
     def watched(*args):
-        requests.append(args[-1])
+        requests.append(args[4])
         return real(*args)
 
     monkeypatch.setattr(stream, "run_block", watched)

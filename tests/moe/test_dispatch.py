@@ -13,20 +13,31 @@ from hypothesis import strategies as st
 
 from moejax.core.taps import NOTHING
 from moejax.moe import (
+    GELU,
+    AttentionScores,
     BiasedTopK,
     Capacity,
     ChosenSoftmaxGates,
+    ClampedSwiGLU,
     Dense,
     Dropless,
+    GroupLimited,
+    LinearScores,
     MoELayer,
     MoESpec,
+    NestedSwiGLU,
+    PNormGates,
     RouterContext,
     RouterSpec,
     Routing,
     SigmoidGates,
+    SigmoidSharedGate,
     SlotMap,
     SlotSpec,
     SoftmaxGates,
+    SparseMixerGates,
+    StandardisedScores,
+    TanhScores,
     TopK,
 )
 
@@ -36,6 +47,31 @@ ROUTERS = {
     "topk_softmax": RouterSpec(selector=TopK(k=3), gates=ChosenSoftmaxGates()),
     "sigmoid_bias": RouterSpec(selector=BiasedTopK(k=2), gates=SigmoidGates(scale=2.5)),
     "switch": RouterSpec(selector=TopK(k=1), gates=SoftmaxGates()),
+    "deepseek_v2": RouterSpec(
+        selector=GroupLimited(selector=TopK(k=3), groups=3, kept=2), gates=SoftmaxGates(scale=4.0)
+    ),
+    "deepseek_v3": RouterSpec(
+        selector=GroupLimited(selector=BiasedTopK(k=2), groups=2, kept=1, best=2),
+        gates=SigmoidGates(scale=2.5),
+    ),
+    "dbrx": RouterSpec(selector=TopK(k=2), gates=PNormGates(order=2.0)),
+    "phimoe": RouterSpec(selector=TopK(k=2), gates=SparseMixerGates(jitter=0.2)),
+    "gpt_oss": RouterSpec(
+        selector=TopK(k=3), gates=ChosenSoftmaxGates(), scores=LinearScores(bias=True)
+    ),
+    "llama_moe": RouterSpec(
+        selector=TopK(k=2), gates=ChosenSoftmaxGates(scale=4.0), scores=TanhScores(hidden=5)
+    ),
+    "skywork": RouterSpec(
+        selector=TopK(k=2), gates=SoftmaxGates(renormalise=True), scores=StandardisedScores()
+    ),
+    "yuan": RouterSpec(selector=TopK(k=2), gates=ChosenSoftmaxGates(), scores=AttentionScores()),
+}
+EXPERTS = {  # kinds of experts, each with one of the routers
+    "gpt_oss": (ROUTERS["gpt_oss"], {"activation": ClampedSwiGLU(), "expert_bias": True}),
+    "openmoe": (ROUTERS["softmax_topk"], {"activation": NestedSwiGLU()}),
+    "qwen2_moe": (ROUTERS["dbrx"], {"shared_width": 5, "shared_gate": SigmoidSharedGate()}),
+    "grok": (ROUTERS["switch"], {"activation": GELU(approximate=True), "expert_bias": True}),
 }
 E, D, F, T = 6, 8, 4, 20
 
@@ -46,15 +82,21 @@ def layer(router, dispatch, **more):
 
 
 @functools.cache
-def compiled(dispatch, router, slots):
+def compiled(dispatch, router, more):
     """(parameters, jitted gradients of sum(y * c)); compiled once, whatever the skew."""
-    module = layer(router, dispatch, slots=slots)
+    module = layer(router, dispatch, **dict(more))
+    for place, (path, variable) in enumerate(nnx.iter_graph(module)):
+        # Biases start at zero, where a wrong one would not show.
+        if isinstance(variable, nnx.Variable) and str(path[-1]).endswith("bias"):
+            value = variable.get_value()
+            variable.set_value(0.3 * jax.random.normal(jax.random.key(place), value.shape))
     graphdef, state, rest = nnx.split(module, nnx.Param, ...)
     weight_TxD = jax.random.normal(jax.random.key(7), (T, D))
 
     def value(state, x_TxD, mask_T, skew):
         module = nnx.merge(graphdef, state, rest)
-        kernel = module.router.scores["kernel"]
+        scores = module.router.scores
+        kernel = scores["kernel" if "kernel" in scores else "value"]
         # A common direction in the tokens sends most of them to the first experts.
         kernel.set_value(kernel.get_value().at[0, :2].add(skew))
         y_TxD, _, _ = module(x_TxD, RouterContext(mask_T=mask_T), NOTHING)
@@ -63,9 +105,9 @@ def compiled(dispatch, router, slots):
     return state, jax.jit(jax.value_and_grad(value, argnums=(0, 1), has_aux=True))
 
 
-def run(dispatch, router, x_TxD, mask_T, skew=0.0, slots=None):
+def run(dispatch, router, x_TxD, mask_T, skew=0.0, **more):
     """Output and gradients of sum(y * c) for tokens and every parameter."""
-    state, gradients = compiled(dispatch, router, slots)
+    state, gradients = compiled(dispatch, router, tuple(more.items()))
     (_, y_TxD), grads = gradients(state, x_TxD, mask_T, skew)
     return y_TxD, jax.tree.leaves(grads)
 
@@ -83,6 +125,25 @@ def test_dropless_equals_dense_forward_and_gradients(name, skew):
     for got, expected in zip(grads, oracle_grads, strict=True):
         np.testing.assert_allclose(got, expected, atol=1e-5)
     assert not np.any(np.asarray(y_TxD)[~np.asarray(mask_T)])
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+@pytest.mark.parametrize(
+    "dispatch", [Dropless(), Capacity(factor=float(E))], ids=["dropless", "capacity"]
+)
+def test_every_kind_of_expert_equals_dense(name, dispatch):
+    """Catches biases of rows that serve no assignment, in outputs or in gradients: padding behind
+    the last group (Dropless) and empty rows inside the groups (Capacity); a shared gate skipped."""
+    router, more = EXPERTS[name]
+    x_TxD = jax.random.normal(jax.random.key(1), (T, D)).at[:, 0].set(1.0)
+    mask_T = jnp.arange(T) < 17
+    oracle, oracle_grads = run(Dense(), router, x_TxD, mask_T, 8.0, **more)
+    y_TxD, grads = run(dispatch, router, x_TxD, mask_T, 8.0, **more)
+    routed_T = np.asarray(mask_T)  # padding is routed nowhere, but shared experts see it
+    np.testing.assert_allclose(np.asarray(y_TxD)[routed_T], oracle[routed_T], atol=4e-6)
+    assert len(grads) == len(oracle_grads)
+    for got, expected in zip(grads, oracle_grads, strict=True):
+        np.testing.assert_allclose(got, expected, atol=2e-5)
 
 
 def test_capacity_with_room_equals_dense():

@@ -109,7 +109,7 @@ def _random(case: Case, seed: int) -> Any:
     import transformers
 
     fields = {key: value for key, value in TINY.items() if key not in case.config}
-    fields |= {key: value for key, value in case.config.items() if value is not None}
+    fields |= {k: v for k, v in case.config.items() if v is not None or k not in TINY}
     config = transformers.AutoConfig.for_model(case.model_type, **fields)
     config._attn_implementation = "eager"
     model = transformers.AutoModelForCausalLM.from_config(config).float().eval()

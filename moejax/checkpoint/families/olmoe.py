@@ -5,15 +5,21 @@ from __future__ import annotations
 from typing import Any
 
 from moejax.checkpoint.config_reader import ConfigReader
-from moejax.checkpoint.decoder_config import decoder_config, read_attention, read_decoder, the_one
+from moejax.checkpoint.decoder_config import (
+    decoder_config,
+    read_attention,
+    read_decoder,
+    read_norm,
+    the_one,
+)
 from moejax.checkpoint.family import DECODER, EXPERTS, QK_NORM, ROUTER, Family
-from moejax.models import LayerSpec, ModelSpec, ProjectionNorm, RMSNorm
+from moejax.models import AttentionSpec, LayerSpec, ModelSpec, ProjectionNorm
 from moejax.moe import MoESpec, RouterSpec, SoftmaxGates, TopK
 
 
 def _spec(config: ConfigReader) -> ModelSpec:
     config.require("attention_bias", False)
-    config.require("clip_qkv")
+    clip = None if config.raw("clip_qkv") is None else config.number("clip_qkv")
     router = RouterSpec(
         selector=TopK(k=config.integer("num_experts_per_tok", 8)),
         gates=SoftmaxGates(renormalise=config.flag("norm_topk_prob", False)),
@@ -24,9 +30,7 @@ def _spec(config: ConfigReader) -> ModelSpec:
         router=router,
         activation=config.activation(default="silu"),
     )
-    mixer = read_attention(
-        config, qk_norm=ProjectionNorm(norm=RMSNorm(epsilon=config.number("rms_norm_eps")))
-    )
+    mixer = read_attention(config, qk_norm=ProjectionNorm(norm=read_norm(config)), clip=clip)
     return read_decoder(config, LayerSpec(mixer=mixer, ffn=ffn))
 
 
@@ -38,7 +42,7 @@ def _config(spec: ModelSpec) -> dict[str, Any]:
         "intermediate_size": ffn.width,
         "norm_topk_prob": getattr(ffn.router.gates, "renormalise", False),
         "attention_bias": False,
-        "clip_qkv": None,
+        "clip_qkv": the_one(spec, "mixer", AttentionSpec).clip,
     }
 
 
