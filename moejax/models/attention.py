@@ -38,7 +38,8 @@ Turn = Callable[[Array], Array]
 class QKNorm(Protocol):
     """A norm of queries and of keys, and its place beside the rotation; a spec."""
 
-    norm: NormSpec
+    @property
+    def norm(self) -> NormSpec: ...
 
     def width(self, heads: int, head_width: int) -> int:
         """Of the learned scale."""
