@@ -1,8 +1,8 @@
 """The child process: compiles StableHLO programs for a topology and writes what the compiler says.
 
 Run as `python -m moejax_kernels.aot.child FOLDER`. FOLDER/request.json lists the programs; each has
-a folder with module.mlir, and gets report.json, program.hlo and the compiler's dump. libtpu reads its
-flags once, when it is loaded, so that all programs share one dump folder and are told apart by time.
+a folder with module.mlir, and gets report.json, program.hlo and the compiler's dump. libtpu reads
+its flags once, when it is loaded, so that all programs share one dump folder, emptied in between.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def _facts(executable) -> dict:
 
 
 def _hlo(executable, dump: Path) -> str:
-    """The optimized program, from the dump where there is one: jaxlib cannot read every async op."""
+    """The optimized program, from the dump if there is one: jaxlib cannot read every async op."""
     for file in dump.glob("*-TLP-hlo.txt"):
         return file.read_text()
     return executable.hlo_modules()[0].to_string()

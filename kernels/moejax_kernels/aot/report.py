@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from moejax_kernels.aot import hlo
 from moejax_kernels.aot.schedule import Schedule, parse
 from moejax_kernels.chips import Chip
 
@@ -19,7 +20,7 @@ class Report:
         unknown length, and counts for a kernel what its author put into `cost_estimate`.
     memory: bytes per device: arguments, outputs, aliased, temporaries.
     hlo: the optimized program; compiler: its version.
-    kernels: name of an HLO op (fusion or kernel) -> its schedule.
+    dumps: name of an HLO op (fusion or kernel) -> text of its bundles and of their use.
     """
 
     chip: Chip
@@ -34,15 +35,46 @@ class Report:
     @cached_property
     def kernels(self) -> dict[str, Schedule]:
         """Schedules by name of the HLO op."""
-        delay = self.chip.branch_delay
-        return {name: parse(*texts, delay_slots=delay) for name, texts in self.dumps.items()}
+        return {name: parse(*texts, self.chip) for name, texts in self.dumps.items()}
+
+    @cached_property
+    def collectives(self) -> tuple[hlo.Collective, ...]:
+        """Collective ops of the program."""
+        return hlo.collectives(self.hlo)
 
     def kernel(self, name: str) -> Schedule:
-        """The schedule of the one op of that name (a suffix ".1" of the compiler may be left out)."""
-        found = [key for key in self.dumps if key == name or re.fullmatch(rf"{name}(\.\d+)?", key)]
+        """The schedule of the op of that name; the compiler's suffix (".1") may be left out.
+
+        Raises ValueError if there is none or more than one.
+        """
+        pattern = re.compile(rf"{re.escape(name)}(\.\d+)?")
+        found = [key for key in self.dumps if pattern.fullmatch(key)]
         if len(found) != 1:
-            raise ValueError(f"{len(found)} kernels are called {name!r} of {sorted(self.dumps)}.")
-        return parse(*self.dumps[found[0]], delay_slots=self.chip.branch_delay)
+            raise ValueError(f"{len(found)} ops are called {name!r} among {sorted(self.dumps)}.")
+        return parse(*self.dumps[found[0]], self.chip)
+
+    def table(self) -> str:
+        """The report as text: costs, memory, collectives, the ops with most bundles."""
+        lines = [
+            f"{self.chip.name}, {self.compiler.splitlines()[0]}, compiler's estimates:",
+            f"flops {self.flops:.3e}, HBM bytes {self.hbm_bytes:.3e}, "
+            f"optimal {1e6 * self.optimal_seconds:.1f} us",
+            "memory per device: "
+            + ", ".join(f"{kind} {size / 1e6:.1f} MB" for kind, size in self.memory.items()),
+        ]
+        if self.collectives:
+            lines.append(hlo.table(self.collectives))
+        largest = sorted(self.kernels.items(), key=lambda item: -len(item[1].text))[:12]
+        if largest:
+            lines.append(f"{'op':32}{'bundles':>9}{'cycles':>12}{'spills':>8}")
+        for name, schedule in largest:
+            try:
+                cycles = f"{schedule.cycles():.0f}"
+            except ValueError:
+                cycles = "by data"
+            spills = schedule.spills(schedule.root)
+            lines.append(f"{name:32}{len(schedule.text):>9}{cycles:>12}{spills:>8}")
+        return "\n".join(lines)
 
 
 _FINAL = re.compile(r"\d+-(.+)-\d+-final_bundles\.txt")
@@ -55,7 +87,7 @@ def read_report(place: Path, facts: dict, chip: Chip) -> Report:
     for file in (place / "dump").iterdir():
         for kind, pattern in (("bundles", _FINAL), ("use", _UTILIZATION)):
             if match := pattern.fullmatch(file.name):
-                files.setdefault(match[1], {})[kind] = file.read_text()
+                files.setdefault(match[1], {})[kind] = file.read_text(errors="replace")
     dumps = {
         name: (texts["bundles"], texts["use"])
         for name, texts in files.items()

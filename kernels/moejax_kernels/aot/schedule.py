@@ -1,60 +1,25 @@
 """The TPU compiler's final schedule of one kernel: bundles, loops, guards, slots, cycles.
 
 The compiler prints a program as VLIW bundles, one a cycle where nothing stalls (dump files
-`*-final_bundles.txt`), and the slots each bundle fills (`*final_hlo-static-per-bundle-utilization.txt`).
-Control flow is structured: a loop is a label LB and a backward branch, a guard is a forward branch
-to a label PF; both branches have delay slots, which run whether the branch is taken or not.
+`*-final_bundles.txt`), and the slots that each bundle fills
+(`*-final_hlo-static-per-bundle-utilization.txt`). Control flow is structured: `control.py`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 
-_BUNDLE = re.compile(r"^ *(?:0x)?([0-9a-f]+) +([A-Z]{2})? *: *([> ]*)\{", re.MULTILINE)
-_BRANCH = re.compile(r"sbr\.rel \(!?%(p\w+)\) target = \$region(\d+)")
-_EMPTY_REGION = re.compile(r"Start/End empty region (\d+)")
-_START_REGION = re.compile(r"Start region (\d+)")
-_COMMENT = re.compile(r"/\*.*?\*/", re.DOTALL)
+from moejax_kernels.aot.control import Region, read_regions
+from moejax_kernels.chips import Chip
+
+_BUNDLE = re.compile(r"^ *(?:0x)?([0-9a-f]+) +([A-Z]{2})? *: *[> ]*\{", re.MULTILINE)
 _DMA = re.compile(r"= (dma\.(?!done)[a-z_]+).*?size_in_granules=\*/(\d+)", re.DOTALL)
 _GRANULE = 32  # bytes
-
-
-@dataclass(frozen=True)
-class Region:
-    """Bundles [start, stop) that run as often as each other, but for those of the children.
-
-    path: "" for the whole kernel; "loop0", "loop0/if1", ... for the parts, numbered by address.
-    trips: of a loop, if the schedule tells; of the body of Pallas's grid pipeline, relative to the
-        loop around it: minus the two trips that only fill and drain the pipeline.
-    """
-
-    path: str
-    start: int
-    stop: int
-    trips: int | None = None
-    pipelined: bool = False
-    children: tuple[Region, ...] = ()
-
-    @property
-    def name(self) -> str:
-        """Last part of the path."""
-        return self.path.rpartition("/")[2]
-
-    @property
-    def is_loop(self) -> bool:
-        """Whether this is a loop, not a guard or the whole."""
-        return self.name.startswith("loop")
-
-    def walk(self) -> Iterator[Region]:
-        """This region and all below, in the order of their addresses."""
-        yield self
-        for child in self.children:
-            yield from child.walk()
+_MATMUL = re.compile(r"= vmatmul\.(\S+)")
 
 
 @dataclass(frozen=True)
@@ -63,13 +28,16 @@ class Schedule:
 
     slots: int [bundles, kinds], how many slots of each kind a bundle fills.
     kinds: names of the columns; capacity: how many slots of each kind there are.
+    matmul: float [bundles], cycles all matrix units together take for the rows a bundle feeds them.
     text: the bundles as the compiler prints them, one string a bundle.
     """
 
+    chip: Chip
     root: Region
     slots: np.ndarray
     kinds: tuple[str, ...]
     capacity: tuple[int, ...]
+    matmul: np.ndarray
     text: tuple[str, ...]
 
     @property
@@ -86,11 +54,12 @@ class Schedule:
         return mask
 
     def executions(self, counts: Mapping[str, int] | None = None) -> dict[str, int]:
-        """How often each region runs in one call of the kernel.
+        """Path -> how often each region runs in one call of the kernel.
 
         counts: path -> executions in all, for loops and guards that depend on data. A loop not
-            named takes its static trips, a guard not named runs whenever the region around it does.
-        Raises ValueError for a path that does not exist and for a loop without known trips.
+            named takes its constant trips, a guard not named runs whenever the region around it
+            does.
+        Raises ValueError for a path that does not exist and for a loop of unknown trips.
         """
         counts = dict(counts or {})
         unknown = counts.keys() - self.regions.keys()
@@ -99,18 +68,15 @@ class Schedule:
         result: dict[str, int] = {}
 
         def visit(region: Region, around: int, outer: int) -> None:
+            times = around
             if region.path in counts:
                 times = counts[region.path]
-            elif region.is_loop and region.trips is None:
-                if around:
-                    raise ValueError(
-                        f"The trips of {region.path!r} depend on data: give counts[{region.path!r}]."
-                    )
-                times = 0
-            elif region.is_loop:
-                times = around * (region.trips or 0)
-            else:
-                times = around - 2 * outer if region.pipelined else around
+            elif region.is_loop and region.trips is not None:
+                times = around * region.trips
+            elif region.is_loop and around:
+                raise ValueError(f"Trips of {region.path!r} depend on data: put them into counts.")
+            elif region.pipelined:
+                times = around - 2 * outer
             result[region.path] = times
             for child in region.children:
                 visit(child, times, around)
@@ -126,9 +92,23 @@ class Schedule:
             runs[self.own(region)] = executions[region.path]
         return runs
 
-    def cycles(self, counts: Mapping[str, int] | None = None) -> int:
-        """Bundles x executions: the kernel's cycles where no memory makes it wait."""
+    def bundles(self, counts: Mapping[str, int] | None = None) -> int:
+        """Bundles x executions."""
         return int(self.runs(counts).sum())
+
+    def cycles(self, counts: Mapping[str, int] | None = None) -> float:
+        """Cycles of one call where no memory makes it wait.
+
+        Per region the larger of its bundles and of the cycles its rows take in the matrix units:
+        the compiler may issue rows faster than the units' published rate, which then stall it.
+        """
+        executions = self.executions(counts)
+        return sum(times * self.once(self.regions[path]) for path, times in executions.items())
+
+    def once(self, region: Region) -> float:
+        """Cycles of a region's own bundles, run once."""
+        own = self.own(region)
+        return max(float(own.sum()), float(self.matmul[own].sum()))
 
     def slot_use(self, counts: Mapping[str, int] | None = None) -> dict[str, int]:
         """Kind of slot -> slots filled in one call of the kernel."""
@@ -140,49 +120,48 @@ class Schedule:
         return int(self.slots[region.start : region.stop, columns].sum())
 
     def dmas(self, region: Region) -> list[tuple[str, int]]:
-        """Copies a region starts each time it runs, children left out: (kind, bytes)."""
+        """Copies that a region may start each time it runs, children left out: (kind, bytes)."""
         text = "".join(self.text[k] for k in np.flatnonzero(self.own(region)))
         return [(kind, int(size) * _GRANULE) for kind, size in _DMA.findall(text)]
 
     def hot(self) -> Region:
-        """The innermost region that holds the most matrix-unit work (else the most bundles)."""
-        column = self.kinds.index("MATMUL")
+        """The innermost region with the most matrix-unit work (or else the most bundles)."""
 
-        def weight(region: Region) -> tuple[int, int]:
+        def weight(region: Region) -> tuple[float, int]:
             own = self.own(region)
-            return int(self.slots[own, column].sum()), int(own.sum())
+            return float(self.matmul[own].sum()), int(own.sum())
 
         return max(self.root.walk(), key=weight)
 
     def table(self, counts: Mapping[str, int] | None = None) -> str:
-        """A line per region: bundles of its own, executions, slots per bundle, spills."""
+        """A line per region: address, executions, own bundles, matrix-unit cycles, slots."""
         try:
             executions: Mapping[str, int | str] = self.executions(counts)
         except ValueError:
-            executions = {}
-        shown = [kind for kind in self.kinds if not kind.endswith((":FILL", ":SPILL"))]
-        lines = [
-            f"{'region':28}{'at':>12}{'bundles':>9}{'runs':>9}"
-            + "".join(f"{kind:>9}" for kind in shown)
-            + f"{'spills':>8}"
-        ]
-        for region in self.root.walk():
+            executions = {
+                path: "?" if region.is_loop and region.trips is None else ""
+                for path, region in self.regions.items()
+            }
+        shown = [k for k, kind in enumerate(self.kinds) if ":" not in kind]
+        hidden = [k for k, kind in enumerate(self.kinds) if ":" in kind]
+        width = max(len(path) for path in self.regions) + 2
+        head = f"{'region':{width}}{'at':>10}{'runs':>9}{'bundles':>9}{'matmul':>8}"
+        lines = [head + "".join(f"{self.kinds[k]:>8}" for k in shown) + f"{'spills':>8}"]
+        for path, region in self.regions.items():
             own = self.own(region)
             sums = self.slots[own].sum(0)
-            trips = "?" if region.is_loop and region.trips is None else ""
             lines.append(
-                f"{region.path or 'kernel':28}{f'{region.start:x}-{region.stop:x}':>12}"
-                f"{int(own.sum()):>9}{executions.get(region.path, trips):>9}"
-                + "".join(f"{int(sums[self.kinds.index(kind)]):>9}" for kind in shown)
-                + f"{int(sum(sums[k] for k, kind in enumerate(self.kinds) if ':' in kind)):>8}"
+                f"{path or 'kernel':{width}}{f'{region.start:x}-{region.stop:x}':>10}"
+                f"{executions[path]:>9}{int(own.sum()):>9}{self.matmul[own].sum():>8.0f}"
+                + "".join(f"{sums[k]:>8}" for k in shown)
+                + f"{sums[hidden].sum():>8}"
             )
         return "\n".join(lines)
 
 
-def parse(bundles: str, utilization: str, *, delay_slots: int) -> Schedule:
+def parse(bundles: str, utilization: str, chip: Chip) -> Schedule:
     """The schedule from the text of the two dump files.
 
-    delay_slots: bundles after a branch that run in any case (4 to TPU v6e, 6 on tpu7x).
     Raises ValueError if the two files do not have the same number of bundles.
     """
     starts = list(_BUNDLE.finditer(bundles))
@@ -193,110 +172,21 @@ def parse(bundles: str, utilization: str, *, delay_slots: int) -> Schedule:
     slots = np.array([line.split() for line in rows.strip().splitlines()], np.int64)
     if len(slots) != len(text):
         raise ValueError(f"{len(text)} bundles, but utilization of {len(slots)}.")
-    labels = [match.group(2) for match in starts]
-    root = _nest(_spans(text, labels, delay_slots), text)
     return Schedule(
-        root=root,
+        chip=chip,
+        root=read_regions(text, [match[2] for match in starts], chip.branch_delay),
         slots=slots,
         kinds=tuple(kind.strip() for kind in kinds.split(",")),
         capacity=tuple(int(value) for value in capacity.split()),
+        matmul=np.array([_matmul_cycles(bundle, chip) for bundle in text]),
         text=text,
     )
 
 
-class _Span(NamedTuple):
-    """A loop (from its label) or a guard (from behind its branch) and the predicate it branches on."""
+def _matmul_cycles(bundle: str, chip: Chip) -> float:
+    """A matmul instruction feeds one matrix unit a register of rows: 8 of float32, 16 of bfloat16.
 
-    start: int
-    stop: int
-    opened: int
-    kind: str
-    predicate: str
-
-
-def _spans(text: tuple[str, ...], labels: list, delay_slots: int) -> list[_Span]:
-    loops: list[int] = []
-    guards: list[tuple[str, _Span]] = []  # by target, not yet closed
-    spans: list[_Span] = []
-    started: set[str] = set()
-    for address, bundle in enumerate(text):
-        if labels[address] == "PF":
-            named = set(_EMPTY_REGION.findall(bundle))
-            closed = [guard for guard in guards if guard[0] in named] or guards[-1:]
-            spans += [span._replace(stop=address) for _, span in closed]
-            guards = [guard for guard in guards if guard not in closed]
-        if labels[address] == "LB":
-            loops.append(address)
-            # A guard whose delay slots reach into a loop is the one that skips the loop.
-            guards = [(to, span._replace(start=min(span.start, address))) for to, span in guards]
-        started |= set(_START_REGION.findall(bundle))
-        for predicate, target in _BRANCH.findall(bundle):
-            stop = min(address + 1 + delay_slots, len(text))
-            if target in started and loops:
-                start = loops.pop()
-                spans.append(_Span(start, stop, start, "loop", predicate))
-            else:
-                guards.append((target, _Span(stop, stop, address, "if", predicate)))
-    return spans
-
-
-def _nest(spans: list[_Span], text: tuple[str, ...]) -> Region:
-    """The tree of spans, with what the scalar code tells about trips."""
-    values = _definitions(text)
-    rest = sorted(spans, key=lambda span: (span.start, span.opened))
-
-    def children(path: str, stop: int) -> tuple[Region, ...]:
-        found: list[Region] = []
-        number = {"loop": 0, "if": 0}
-        while rest and rest[0].start < stop:
-            span = rest.pop(0)
-            last = min(span.stop, stop)  # two spans may cross in a branch's delay slots
-            if span.start >= last:
-                continue
-            name = f"{path}/{span.kind}{number[span.kind]}".lstrip("/")
-            number[span.kind] += 1
-            loop = span.kind == "loop"
-            trips = _trips(span.predicate, values) if loop else None
-            pipelined = not loop and _is_pipeline_body(span.predicate, values)
-            below = children(name, last)
-            found.append(Region(name, span.start, last, trips, pipelined, below))
-        return tuple(found)
-
-    return Region("", 0, len(text), children=children("", len(text)))
-
-
-def _definitions(text: tuple[str, ...]) -> dict[str, str]:
-    """Scalar or predicate name -> the instruction that makes it, comments removed."""
-    pattern = re.compile(r"%([sp]\w+) = ([^;}]*)")
-    values: dict[str, str] = {}
-    for bundle in text:
-        for name, instruction in pattern.findall(_COMMENT.sub("", bundle)):
-            values.setdefault(name, instruction.strip())
-    return values
-
-
-_COMPARE = re.compile(r"scmp\.(\w+)\.s32\.totalorder (?:\(!?%\w+\), )?%(\w+), (-?\d+)$")
-
-
-def _trips(predicate: str, values: Mapping[str, str]) -> int | None:
-    """Trips of `do { i += step } while (!(i >= bound))`, where start, step and bound are constants."""
-    compare = _COMPARE.match(values.get(predicate, ""))
-    if not compare or compare[1] not in ("ge", "eq"):
-        return None
-    step = re.match(r"sadd\.s32 (-?\d+), %(\w+)", values.get(compare[2], ""))
-    phi = re.match(r"sphi %(\w+), %(\w+)", values.get(step[2], "")) if step else None
-    start = re.match(r"smov\.u32 (?:\(!?%\w+\), )?(\d+)$", values.get(phi[1], "")) if phi else None
-    if not (step and phi and start) or phi[2] != compare[2]:
-        return None
-    return -(-(int(compare[3]) - int(start[1])) // int(step[1]))
-
-
-def _is_pipeline_body(predicate: str, values: Mapping[str, str]) -> bool:
-    """Whether a guard skips the first and the last trip of a loop: !(i >= 1 and i < steps + 1)."""
-    both = re.match(r"pnand %(\w+), %(\w+)", values.get(predicate, ""))
-    if not both:
-        return False
-    first, last = values.get(both[1], ""), values.get(both[2], "")
-    low = re.match(r"scmp\.ge\.s32\.totalorder %(\w+), 1$", first)
-    high = re.match(r"scmp\.lt\.s32\.totalorder %(\w+), ", last)
-    return bool(low and high and low[1] == high[1])
+    Of 8-bit numbers there are 32 to a register, at twice the rate.
+    """
+    registers = sum(8 if "f32" in kind.split(".") else 16 for kind in _MATMUL.findall(bundle))
+    return registers / (chip.rows * chip.matrix_units)
