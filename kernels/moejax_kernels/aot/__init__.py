@@ -6,7 +6,7 @@
     print(report.table())                                    # flops, memory, collectives, ops
     kernel = report.kernel("gmm")                            # a Pallas kernel by its name=
     print(kernel.table())                                    # its loops and guards, by path
-    counts = {"loop0": steps + 2, "loop0/if0/if1": masked}
+    counts = kernel.grid(steps) | {"loop0/if0/if1": masked}
     cost = aot.cost(kernel, counts, hbm_bytes=traffic, flops=useful)
     cost.cycles, cost.hbm_cycles, cost.modelled, cost.useful_share, cost.spills
     aot.plot(kernel, "gmm.png")
@@ -15,8 +15,10 @@ A region is a loop or a guarded part (`pl.when`, `lax.cond`), named by its path 
 count says how often it runs in one call of the kernel, all loops around it included. Loops of
 constant length need none; a guard without one runs whenever the part around it runs. The grid of a
 Pallas kernel is one loop of steps + 2 trips (the first fills the pipeline, the last drains it) in
-which a guard holds the body; that guard is recognised and runs steps times. A guard that only asks
-whether there are any steps at all may be around that loop ("if0/loop0").
+which a guard holds the body; that guard is recognised and runs steps times: `grid(steps)`. A guard
+that only asks whether there are any steps at all may be around that loop ("if0/loop0"). Paths
+differ between chips: look for a region by what it does (`own`, `matmul`, `slots`) where that
+matters, as experiments/benchmarks/tpu does for megablox.
 
 Starting the compiler costs seconds, so that many programs share one child process:
 
