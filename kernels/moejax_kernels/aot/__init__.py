@@ -25,6 +25,9 @@ Starting the compiler costs seconds, so that many programs share one child proce
     programs = {"a": aot.Program(f, shapes_a), "b": aot.Program(g, shapes_b)}
     reports = aot.compile_all(programs, chip="v5e")
 
+An op's folder describes its kernels for benchmarks and for the guard on cycles as `Case`s in a
+module `cases.py` with `tpu(shape, chip) -> Iterable[Case]`.
+
 A sharded program carries `NamedSharding`s of a `jax.sharding.AbstractMesh` in its shapes:
 
     mesh = jax.sharding.AbstractMesh((16, 16), ("data", "expert"))
@@ -36,6 +39,7 @@ max(cycles, HBM bytes / bytes per cycle). `cycles` also holds the matrix units t
 rate, which a schedule may exceed on paper (v5e, v5p, tpu7x).
 """
 
+from moejax_kernels.aot.case import Case, Priced, least_bytes, price
 from moejax_kernels.aot.compile import (
     CompileError,
     CompilerMissing,
@@ -51,10 +55,12 @@ from moejax_kernels.aot.report import Report
 from moejax_kernels.aot.schedule import Schedule, parse
 
 __all__ = [
+    "Case",
     "Collective",
     "CompileError",
     "CompilerMissing",
     "Cost",
+    "Priced",
     "Program",
     "Region",
     "Report",
@@ -62,6 +68,8 @@ __all__ = [
     "compile_all",
     "compile_for",
     "cost",
+    "least_bytes",
     "parse",
     "plot",
+    "price",
 ]

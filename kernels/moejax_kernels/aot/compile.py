@@ -131,6 +131,7 @@ def _run(
     flags = [os.environ.get("LIBTPU_INIT_ARGS", "")]
     if schedules:
         flags += [f"--xla_jf_dump_to={dump}", "--xla_jf_dump_llo_text=true"]
+        flags += ["--xla_jf_dump_llo_pass_label_regex=^final_(bundles|hlo)"]
     request = {"chip": chip.name, "platform": chip.platform, "topology": topology, "meshes": meshes}
     (folder / "request.json").write_text(json.dumps(request))
     environment = os.environ | {
