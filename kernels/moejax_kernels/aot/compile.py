@@ -9,11 +9,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+from jax.sharding import AbstractDevice, AbstractMesh
 
 from moejax_kernels.aot.report import Report, read_report
 from moejax_kernels.chips import CHIPS, Chip
@@ -78,7 +80,7 @@ def compile_all(
             place = folder / f"p{index}"
             place.mkdir()
             try:
-                (place / "module.mlir").write_bytes(_lower(program, chip.platform))
+                (place / "module.mlir").write_bytes(_lower(program, chip))
             except Exception as error:  # whatever the lowering rules of a kernel raise
                 result[name] = CompileError(f"{name} does not lower for {chip.name}: {error}")
                 result[name].__cause__ = error
@@ -113,10 +115,14 @@ def _require(chip: Chip) -> None:
         )
 
 
-def _lower(program: Program, platform: str) -> bytes:
+def _lower(program: Program, chip: Chip) -> bytes:
     function = program.function
     jitted: Any = function if hasattr(function, "trace") else jax.jit(function)
-    lowered = jitted.trace(*program.shapes).lower(lowering_platforms=(platform,))
+    # Kernels ask the mesh in use which chip they are for; a sharded program brings its own.
+    device = AbstractDevice(chip.kind, 2 if chip.name == "v5p" else 1, chip.platform)
+    here = AbstractMesh((), (), abstract_device=device)
+    with nullcontext() if program.mesh else jax.sharding.use_abstract_mesh(here):
+        lowered = jitted.trace(*program.shapes).lower(lowering_platforms=(chip.platform,))
     module = io.BytesIO()
     lowered.compiler_ir("stablehlo").operation.write_bytecode(module)
     return module.getvalue()
