@@ -26,6 +26,7 @@ Call = Callable[[], object]
 _MODELS = {model.name: model for model in (OLMOE, MIXTRAL, REFERENCE)}
 _SKEWS = {"balanced": 0.0, "skewed": ZIPF}
 _GROUP = 128
+_AT_LEAST = 0.05  # seconds that a timed call takes, repeats included
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -79,7 +80,10 @@ def weights(model: Experts) -> dict[str, Array]:
 
 
 def experts(product: Callable, x_TxD: Array, index_TxK: Array, gate_TxK: Array, bank) -> Array:
-    """y_TxD: the chosen experts' gated FFNs, weighted. product(x, name, bank, sizes): grouped matmul."""
+    """y_TxD: the chosen experts' gated FFNs, weighted.
+
+    product: (x_RxK, name, bank, sizes_E) -> the grouped matmul with that part of the bank.
+    """
     tokens, chosen = index_TxK.shape
     assignments, count = tokens * chosen, jax.tree.leaves(bank["gate"])[0].shape[0]
     # One sort of packed keys (expert, assignment) gives the order and keeps it stable.
@@ -117,14 +121,22 @@ def _compiled(function: Callable, *arrays: Any) -> tuple[Call, float]:
 
 
 def take_turns(calls: dict[str, Call], turns: int) -> dict[str, np.ndarray]:
-    """Seconds [turns] of each call; one turn before them warms up."""
+    """Seconds [turns] of each call.
+
+    In each turn a call first runs untimed: the threads of the contender before it spin a while.
+    Short calls are repeated.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(turns + 1):
+    for _ in range(turns):
         for name, call in calls.items():
             start = time.perf_counter()
             call()
-            if turn:
-                seconds[name].append(time.perf_counter() - start)
+            once = time.perf_counter() - start
+            repeats = max(1, int(_AT_LEAST / max(once, 1e-6)))
+            start = time.perf_counter()
+            for _ in range(repeats):
+                call()
+            seconds[name].append((time.perf_counter() - start) / repeats)
     return {name: np.array(values) for name, values in seconds.items()}
 
 

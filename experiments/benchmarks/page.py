@@ -11,16 +11,16 @@ from experiments.benchmarks import bars
 
 _INTRO = """# Benchmarks
 
-Written by `python -m experiments.benchmarks page` from docs/benchmarks/*.json; every table names the
-command that filled it. Shapes, and how group sizes are drawn: `moejax_kernels/shapes.py`.
+Written by `python -m experiments.benchmarks page` from docs/benchmarks/*.json; every table names
+the command that filled it. Shapes, and how group sizes are drawn: `moejax_kernels/shapes.py`.
 """
 _TPU = """## TPU, without a TPU
 
 **Simulated.** The real TPU compiler compiles each kernel; cycles are the bundles of its final
 schedule times how often they run for the stated group sizes, with the matrix units held to their
-published rate. Modelled time is max(cycles, HBM bytes / bandwidth): waits for memory inside a kernel
-do not show. `bound` is the time of the bytes that any kernel for these operands must move. megablox
-and tokamax: their best tiling of those compiled. Spills are of the inner loop.
+published rate. Modelled time is max(cycles, HBM bytes / bandwidth): waits for memory inside a
+kernel do not show. `bound` is the time of the bytes that any kernel for these operands must move.
+megablox and tokamax: their best tiling of those compiled. Spills are of the inner loop.
 """
 _CPU = """## CPU
 
@@ -83,8 +83,8 @@ def _tpu_tables(rows: Iterable[Mapping[str, Any]]) -> str:
 
 def _whole(rows: Iterable[Mapping[str, Any]]) -> str:
     lines = [
-        "What XLA makes of a grouped matmul, by the compiler's own estimate (no schedule of a loop of "
-        "unknown length is priced):\n",
+        "What XLA makes of a grouped matmul, by the compiler's own estimate, which is for the worst "
+        "group sizes (a loop of unknown length is not priced):\n",
         "| chip | shape | contender | estimate µs | flops / useful |\n|---|---|---|--:|--:|",
     ]
     for row in rows:

@@ -39,7 +39,7 @@ def ours(shape: Shape, chip: Chip) -> Iterator[aot.Case]:
 def rows_of(
     shapes: Sequence[Shape], chips: Sequence[str], tilings: int, pictures: Path | None
 ) -> Iterator[dict[str, Any]]:
-    """One row per shape, chip, kind of group sizes and contender; plots of the best into `pictures`."""
+    """One row per shape, chip, kind of group sizes and contender; `pictures`: folder for plots."""
     for chip in (CHIPS[name] for name in chips):
         for shape in shapes:
             sizes = {label: shape.group_sizes(skew) for label, skew in SKEWS.items()}
