@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
@@ -209,8 +210,7 @@ def _packed(w_ExKxN: Array, bits: int) -> tuple[Array, Array]:
 
 
 def _quantized(bits: int, x: Array, name: str, bank, sizes: Array) -> Array:
-    from moejax_kernels import quantized_grouped_matmul as quantized
-
+    quantized = import_module("moejax_kernels.quantized_grouped_matmul")
     words, scale = bank[name]
     return quantized.quantized_grouped_matmul(x, words, scale, None, sizes, bits=bits)
 

@@ -83,7 +83,7 @@ def _tpu_tables(rows: Iterable[Mapping[str, Any]]) -> str:
 
 def _whole(rows: Iterable[Mapping[str, Any]]) -> str:
     lines = [
-        "What XLA makes of a grouped matmul, by the compiler's own estimate, which is for the worst "
+        "What XLA makes of a grouped matmul, by the compiler's own estimate, for the worst "
         "group sizes (a loop of unknown length is not priced):\n",
         "| chip | shape | contender | estimate µs | flops / useful |\n|---|---|---|--:|--:|",
     ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from importlib import import_module
 from importlib.util import find_spec
 
 import jax
@@ -53,16 +54,13 @@ def programs(shape: Shape) -> dict[str, aot.Program]:
 
 def _tokamax(tiling, x, w, sizes):
     # The kernel itself: the op around it looks for an attached TPU.
-    from tokamax._src import precision
-    from tokamax._src.ops.ragged_dot import pallas_mosaic_tpu_kernel as kernel
-
-    exact = precision.canonicalize_precision(None)
+    kernel = import_module("tokamax._src.ops.ragged_dot.pallas_mosaic_tpu_kernel")
+    exact = import_module("tokamax._src.precision").canonicalize_precision(None)
     return kernel.gmm(x, w, sizes, precision=exact, out_dtype=x.dtype, tiling=tiling)
 
 
 def _qwix(x, codes, scale, sizes):
-    import qwix
-    from qwix._src.core import ragged_dot
-
+    qwix = import_module("qwix")
+    ragged_dot = import_module("qwix._src.core.ragged_dot")
     array = qwix.QArray(qvalue=codes, scale=scale)
     return ragged_dot.ragged_dot(qwix.quantize(x, jnp.int8, channelwise_axes=[0]), array, sizes)

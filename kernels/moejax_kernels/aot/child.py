@@ -11,7 +11,6 @@ import json
 import re
 import sys
 import traceback
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +29,7 @@ def main(folder: Path) -> None:
         except Exception as error:  # the parent raises it as CompileError
             report = {"error": str(error) or traceback.format_exc()}
         else:
-            report = _facts(executable) | {"compiler": _version(request["platform"])}
+            report = _facts(executable)
             (place / "program.hlo").write_text(_hlo(executable, folder / "dump"))
         (place / "dump").mkdir()
         for file in (folder / "dump").iterdir():
@@ -39,11 +38,6 @@ def main(folder: Path) -> None:
             else:
                 file.unlink()
         (place / "report.json").write_text(json.dumps(report))
-
-
-def _version(platform: str) -> str:
-    package = {"tpu": "libtpu", "cuda": "jax-cuda13-plugin"}[platform]
-    return f"{package} {version(package)}"
 
 
 def _devices(platform: str, topology: str) -> list:

@@ -10,6 +10,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -71,7 +72,7 @@ def compile_all(
     Raises CompilerMissing without libtpu, CompileError with the compiler's text.
     """
     chip = CHIPS[chip] if isinstance(chip, str) else chip
-    _require(chip)
+    compiler = compiler_version(chip.platform)
     result: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="aot-") as temporary:
         folder = Path(temporary)
@@ -96,7 +97,7 @@ def compile_all(
                     reason = f"{name} does not compile for {chip.name}: {facts['error']}"
                     result[name] = CompileError(reason)
                 else:
-                    result[name] = read_report(folder / key, facts, chip)
+                    result[name] = read_report(folder / key, facts, chip, compiler)
                 del pending[name]
                 if not file.exists():
                     break  # this one ended the child: the others go on without it
@@ -104,6 +105,16 @@ def compile_all(
     if failures and not keep_failures:
         raise failures[0]
     return {name: result[name] for name in programs}
+
+
+def compiler_version(platform: str = "tpu") -> str:
+    """Name and version of the platform's compiler. Raises CompilerMissing."""
+    _require(next(chip for chip in CHIPS.values() if chip.platform == platform))
+    package = _PACKAGES[platform]
+    return f"{package} {version(package)}"
+
+
+_PACKAGES = {"tpu": "libtpu", "cuda": "jax-cuda13-plugin"}
 
 
 def _require(chip: Chip) -> None:

@@ -81,7 +81,7 @@ _FINAL = re.compile(r"\d+-(.+)-\d+-final_bundles\.txt")
 _UTILIZATION = re.compile(r"\d+-(.+)-\d+-final_hlo-static-per-bundle-utilization\.txt")
 
 
-def read_report(place: Path, facts: dict, chip: Chip) -> Report:
+def read_report(place: Path, facts: dict, chip: Chip, compiler: str) -> Report:
     """A report from a child's folder."""
     files: dict[str, dict[str, str]] = {}
     for file in (place / "dump").iterdir():
@@ -99,7 +99,7 @@ def read_report(place: Path, facts: dict, chip: Chip) -> Report:
         hbm_bytes=facts["cost"].get("bytes accessed", 0.0),
         optimal_seconds=facts["cost"].get("optimal_seconds", 0.0),
         memory=facts["memory"],
-        compiler=facts["compiler"],
+        compiler=compiler,
         hlo=(place / "program.hlo").read_text(),
         dumps=dumps,
     )
