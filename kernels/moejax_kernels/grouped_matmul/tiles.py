@@ -1,0 +1,163 @@
+"""How a TPU kernel cuts its work: tuned per chip, or by rule.
+
+`tuned/<chip>.json` holds what the tuner (tune.py) found; every other shape follows `rule`.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from importlib import resources
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+LANES = 128
+MEBI = 1 << 20
+
+
+class Tiles(NamedTuple):
+    """How one kernel cuts its work.
+
+    columns: width of the slice of an expert that is in VMEM at once (and of the next one's).
+    chunk: columns of one straight-line matmul; long code costs compile time, short code restarts
+        the matrix unit often.
+    heights: row blocks to choose from, descending multiples of 16.
+    ramp: what a block costs beside its rows, in rows.
+    cores: tensor cores that share the column slices. vmem: bytes the kernel may take.
+    """
+
+    columns: int
+    chunk: int
+    heights: tuple[int, ...]
+    ramp: int
+    cores: int
+    vmem: int
+
+
+class Chip(NamedTuple):
+    """What tiles depend on: the side of a matrix unit, cores per device, VMEM bytes per core."""
+
+    name: str
+    side: int
+    cores: int
+    vmem: int
+
+
+CHIPS = {
+    chip.name: chip
+    for chip in (
+        Chip("v4", 128, 2, 16 * MEBI),
+        Chip("v5e", 128, 1, 128 * MEBI),
+        Chip("v5p", 128, 2, 64 * MEBI),
+        Chip("v6e", 256, 1, 128 * MEBI),
+        Chip("tpu7x", 256, 1, 64 * MEBI),
+    )
+}
+
+
+def round_up(size: int, multiple: int) -> int:
+    """The least multiple that is not below `size`."""
+    return -(-size // multiple) * multiple
+
+
+def attached_chip() -> Chip:
+    """The chip that JAX computes on, or the one of the least VMEM where no TPU is attached."""
+    if jax.default_backend() == "tpu":
+        kind = jax.devices()[0].device_kind.lower().replace("tpu", "").strip()
+        names = {"v4": "v4", "v5": "v5p", "v5p": "v5p", "v5 lite": "v5e", "v5e": "v5e"}
+        names |= {"v6 lite": "v6e", "v6e": "v6e", "7x": "tpu7x", "7": "tpu7x"}
+        if kind in names:
+            return CHIPS[names[kind]]
+    return CHIPS["v4"]
+
+
+def tiles_for(
+    kernel: str,
+    rows: int,
+    inputs: int,
+    outputs: int,
+    groups: int,
+    dtype,
+    *,
+    operands: int = 1,
+    chip: Chip | None = None,
+) -> Tiles:
+    """Tuned tiles if the chip's table has the shape, else those of `rule`.
+
+    kernel: "forward", "transposed" or "weights". inputs, outputs: of the product, multiples of 128
+    ("weights": the two sides of a matrix). operands: weights read side by side.
+    """
+    chip = chip or attached_chip()
+    key = table_key(kernel, rows, inputs, outputs, groups, dtype, operands)
+    found = table(chip.name).get(key)
+    if found is not None:
+        return Tiles(**{**found, "heights": tuple(found["heights"])})
+    return rule(kernel, rows, inputs, outputs, groups, dtype, operands=operands, chip=chip)
+
+
+def table_key(kernel, rows, inputs, outputs, groups, dtype, operands) -> str:
+    """Shapes whose mean group lies between the same powers of two share an entry."""
+    mean = max(1, rows // groups).bit_length()
+    return f"{kernel} {inputs}x{outputs} x{operands} {jnp.dtype(dtype).name} rows<2^{mean}"
+
+
+@cache
+def table(chip: str) -> dict[str, dict]:
+    """The chip's tuned entries, empty where it has none."""
+    file = resources.files(__package__) / "tuned" / f"{chip}.json"
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
+def rule(
+    kernel: str,
+    rows: int,
+    inputs: int,
+    outputs: int,
+    groups: int,
+    dtype,
+    *,
+    operands: int = 1,
+    chip: Chip,
+) -> Tiles:
+    """Tiles for any shape: as wide a slice as VMEM holds, code of about two thousand cycles."""
+    size = jnp.dtype(dtype).itemsize
+    heights = _heights(kernel, rows // groups, chip)
+    vmem = chip.vmem * 7 // 8
+    for slices in range(chip.cores, outputs // LANES + chip.cores):
+        columns = min(outputs, round_up(-(-outputs // slices), 2 * LANES))
+        if _bytes(kernel, heights[0], inputs, columns, size, operands) <= vmem * 7 // 8:
+            break
+    else:
+        columns = LANES
+    chunk = _chunk(columns, heights[0] * inputs * operands, chip)
+    return Tiles(columns, chunk, heights, 48, chip.cores, vmem)
+
+
+def _heights(kernel: str, mean: int, chip: Chip) -> tuple[int, ...]:
+    if kernel == "weights":
+        return (512, 256, 128) if mean >= 128 else (128, 32)
+    if mean < 48:
+        return (64, 32, 16)
+    # A matrix unit of side 256 takes as long to load as 128 rows take to pass.
+    return (288, 256, 192, 128) if chip.side == 256 else (256, 192, 128, 64)
+
+
+def _bytes(kernel: str, height: int, inputs: int, columns: int, size: int, operands: int) -> int:
+    if kernel == "weights":
+        blocks = 2 * height * (inputs + columns) + height * inputs
+        return size * (blocks + 2 * inputs * columns) + 4 * inputs * columns
+    buffers = height * inputs + operands * inputs * columns + height * columns
+    return 2 * size * buffers + size * 144 * columns
+
+
+def _chunk(columns: int, work_per_column: int, chip: Chip) -> int:
+    """The width that passes over the columns fastest, among those of bounded code."""
+    limit = max(2 * LANES, (1 << 29) // work_per_column)
+    ramp = 1 + (1 << 26) // work_per_column  # in columns: about 250 cycles
+
+    def cost(chunk: int) -> int:
+        return -(-columns // chunk) * (round_up(chunk, chip.side) + ramp)
+
+    return min(range(LANES, min(limit, columns) + 1, LANES), key=cost)
