@@ -177,7 +177,7 @@ def _kernel(
         return pl.ds(pl.multiple_of(jnp.minimum(n * width, y_hbm.shape[1] - width), LANES), width)
 
     def unit(row):
-        return pl.multiple_of(row // UNIT * UNIT, UNIT)
+        return pl.multiple_of(row & -UNIT, UNIT)
 
     def x_copy(b, slot):
         height = unit(hi_B[b] + UNIT - 1)
@@ -212,7 +212,7 @@ def _kernel(
                 source = zeros.at[pl.ds(0, height), :]
                 act(pltpu.make_async_copy(source, y_hbm.at[pl.ds(unit(row), height), columns(n)], filled))
 
-            lax.fori_loop(0, (stop - start + _FILL - 1) // _FILL, piece, None)
+            lax.fori_loop(0, lax.div(stop - start + _FILL - 1, _FILL), piece, None)
 
     def compute(height, slot, w_slot):
         """One block: all of K, `chunk` columns per basic block."""
