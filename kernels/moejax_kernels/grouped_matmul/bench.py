@@ -20,7 +20,7 @@ import numpy as np
 from jax import Array
 
 from moejax_kernels.grouped_matmul.api import grouped_matmul
-from moejax_kernels.grouped_matmul.shapes import REFERENCE, SHAPES, Shape
+from moejax_kernels.shapes import REFERENCE, SHAPES, Shape
 
 _SLOW_LIMIT = 50e9  # flops of one call of a backend that computes every expert for every row
 
@@ -74,7 +74,8 @@ def cut(shape: Shape, limit: int, itemsize: int) -> Shape:
     if experts == shape.experts:
         return shape
     rows = max(1, shape.rows * experts // shape.experts)
-    return shape._replace(name=f"{shape.name} (E={experts})", rows=rows, experts=experts)
+    name = f"{shape.name} (E={experts})"
+    return shape._replace(name=name, tokens=rows, chosen=1, experts=experts)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -88,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--memory", type=float, default=1.0, help="GB of weights per shape")
     options = parser.parse_args(arguments)
-    wanted = options.names or [REFERENCE.name]
+    wanted = options.names or [REFERENCE.gate(4096).name]
     if set(wanted) - set(names):
         parser.error(f"unknown shapes {sorted(set(wanted) - set(names))}; known: {names}")
     print(f"{jax.default_backend()}, {jax.devices()[0].device_kind}, {options.dtype}")

@@ -1,0 +1,65 @@
+"""Facts of accelerators and where they are published.
+
+Peak rates, HBM and cores: docs.cloud.google.com/tpu/docs/v5e, .../v5p, .../v6e and .../tpu7x.
+Matrix units, their size and VMEM: JAX's own table, jax/_src/pallas/mosaic/tpu_info.py.
+H100 SXM: NVIDIA's data sheet, nvidia.com/en-us/data-center/h100.
+
+Clocks of TPUs are not published with them. They follow from the peak rate,
+flops/s = 2 * matrix units * size^2 * rows per cycle * clock, with one bfloat16 row per cycle on v5e
+and v5p, and the two on v6e at which its schedules feed a unit. For tpu7x two are assumed, which
+makes 2.2 GHz; its schedules issue up to four.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+_MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Chip:
+    """One core of an accelerator, what a kernel on it can use; a chip has `cores` of them.
+
+    peak: bf16 flops/s; hbm_rate: bytes/s; hbm: bytes; vmem: bytes (of a GPU: L2 cache).
+    matrix_units of size x size multiply-adds take `rows` bf16 rows a cycle each.
+    topology: the smallest name the compiler takes; branch_delay: bundles behind a branch that run
+        in any case, as its schedules show.
+    """
+
+    name: str
+    platform: str
+    topology: str
+    cores: int
+    peak: float
+    matrix_units: int
+    size: int
+    rows: int
+    hbm_rate: float
+    hbm: float
+    vmem: int
+    branch_delay: int = 0
+
+    @property
+    def flops_per_cycle(self) -> int:
+        """Peak bf16 flops of all matrix units in a cycle."""
+        return 2 * self.matrix_units * self.size**2 * self.rows
+
+    @property
+    def clock(self) -> float:
+        """Cycles per second."""
+        return self.peak / self.flops_per_cycle
+
+    @property
+    def bytes_per_cycle(self) -> float:
+        """HBM bytes in a cycle."""
+        return self.hbm_rate / self.clock
+
+
+V5E = Chip("v5e", "tpu", "v5e:2x2", 1, 197e12, 4, 128, 1, 819e9, 16e9, 128 * _MIB, 4)
+V5P = Chip("v5p", "tpu", "v5p:2x2x1", 2, 459e12 / 2, 4, 128, 1, 2765e9 / 2, 95e9 / 2, 64 * _MIB, 4)
+V6E = Chip("v6e", "tpu", "v6e:2x2", 1, 918e12, 2, 256, 2, 1638e9, 32e9, 128 * _MIB, 4)
+TPU7X = Chip(
+    "tpu7x", "tpu", "tpu7x:2x2x1", 2, 2307e12 / 2, 2, 256, 2, 7380e9 / 2, 192e9 / 2, 64 * _MIB, 6
+)
+CHIPS = {chip.name: chip for chip in (V5E, V5P, V6E, TPU7X)}
