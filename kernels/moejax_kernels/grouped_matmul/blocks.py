@@ -110,7 +110,9 @@ def cut(
     used_E = blocks_E > 0
     rank_E = jnp.cumsum(used_E, dtype=jnp.int32) - used_E
     order_E = jnp.arange(experts, dtype=jnp.int32)
-    expert_E = jnp.minimum((rank_E + used_E <= order_E[:, None]).sum(1, dtype=jnp.int32), experts - 1)
+    expert_E = jnp.minimum(
+        (rank_E + used_E <= order_E[:, None]).sum(1, dtype=jnp.int32), experts - 1
+    )
     filled_E = end_E > start_E
     return Blocks(
         row_B,
@@ -129,7 +131,7 @@ def cut(
 def bounds(
     group_sizes_G: Array, group_offset: int | Array, experts: int, rows: int
 ) -> tuple[Array, Array]:
-    """int32 [experts] start and end row of each expert's group; both 0 for one beyond the groups."""
+    """int32 [experts]: first and end row of each expert's group; both 0 where there is none."""
     groups = group_sizes_G.shape[0]
     end_G = jnp.minimum(jnp.cumsum(group_sizes_G.astype(jnp.int32)), rows)
     start_G = jnp.concatenate([jnp.zeros(1, jnp.int32), end_G[:-1]])

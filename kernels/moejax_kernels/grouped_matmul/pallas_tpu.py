@@ -45,7 +45,6 @@ def forward(
     transposed: bool = False,
     epilogue: Epilogue = itself,
     tiles: Tiles | None = None,
-    interpret: bool | pltpu.InterpretParams = False,
 ) -> Array:
     """y[r] = epilogue(*(x[r] @ w[group(r) - group_offset] for w in weights)), [R, N] like x.
 
@@ -75,7 +74,7 @@ def forward(
     plan = blocks.cut(
         group_sizes_G, group_offset, weights[0].shape[0], x.shape[0], tiles.heights, tiles.ramp
     )
-    y = _call(x, weights, plan.scalars(), transposed, epilogue, tiles, interpret)
+    y = _call(x, weights, plan.scalars(), transposed, epilogue, tiles)
     return y[:rows, :columns]
 
 
@@ -84,13 +83,19 @@ def on_chip(array: Array) -> Array:
     return array if array.dtype == jnp.bfloat16 else array.astype(jnp.float32)
 
 
+def like(array: Array, shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:
+    """The type of a result that varies over the mesh axes over which `array` does."""
+    axes = jax.typeof(array).manual_axis_type
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=axes)
+
+
 def pad(array: Array, multiples: tuple[int, ...]) -> Array:
     """Zeros behind every axis up to a multiple; the array itself where nothing is missing."""
     missing = [(0, -size % multiple) for size, multiple in zip(array.shape, multiples, strict=True)]
     return jnp.pad(array, missing) if any(more for _, more in missing) else array
 
 
-def _call(x, weights, scalars, transposed, epilogue, tiles, interpret):
+def _call(x, weights, scalars, transposed, epilogue, tiles):
     rows, inputs = x.shape
     columns = weights[0].shape[1 if transposed else 2]
     width = min(tiles.columns, columns)
@@ -112,7 +117,7 @@ def _call(x, weights, scalars, transposed, epilogue, tiles, interpret):
     bytes_moved += sum(min(1, rows / experts) * w.nbytes for w in weights)
     return pl.pallas_call(
         kernel,
-        out_shape=jax.ShapeDtypeStruct((rows, columns), x.dtype),
+        out_shape=like(x, (rows, columns), x.dtype),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
             grid=(tiles.cores,),
@@ -139,7 +144,6 @@ def _call(x, weights, scalars, transposed, epilogue, tiles, interpret):
             bytes_accessed=int(bytes_moved),
             transcendentals=0,
         ),
-        interpret=interpret,
         name="grouped_matmul",
     )(*scalars, x, *weights)
 
@@ -165,7 +169,11 @@ def _kernel(
     heights,
     chunk,
 ):
-    w_hbm, (y_hbm, x_buffer), refs = refs[:operands], refs[operands : operands + 2], refs[operands + 2 :]
+    w_hbm, (y_hbm, x_buffer), refs = (
+        refs[:operands],
+        refs[operands : operands + 2],
+        refs[operands + 2 :],
+    )
     w_buffer, refs = refs[:operands], refs[operands:]
     y_buffer, carry, zeros, pending, x_arrived, w_arrived, y_left, filled = refs
     count, visited, begin, end = (numbers[i] for i in range(4))
@@ -182,13 +190,21 @@ def _kernel(
     def x_copy(b, slot):
         height = unit(hi_B[b] + UNIT - 1)
         source = x_hbm.at[pl.ds(unit(row_B[b]), height), :]
-        return pltpu.make_async_copy(source, x_buffer.at[slot, pl.ds(0, height), :], x_arrived.at[slot])
+        return pltpu.make_async_copy(
+            source, x_buffer.at[slot, pl.ds(0, height), :], x_arrived.at[slot]
+        )
 
     def w_copies(n, rank, slot):
         expert = expert_E[rank]
         for i in range(operands):
-            at = (expert, columns(n), slice(None)) if transposed else (expert, slice(None), columns(n))
-            yield pltpu.make_async_copy(w_hbm[i].at[at], w_buffer[i].at[slot], w_arrived.at[slot, i])
+            at = (
+                (expert, columns(n), slice(None))
+                if transposed
+                else (expert, slice(None), columns(n))
+            )
+            yield pltpu.make_async_copy(
+                w_hbm[i].at[at], w_buffer[i].at[slot], w_arrived.at[slot, i]
+            )
 
     def y_copy(row, height, n, slot):
         target = y_hbm.at[pl.ds(unit(row), unit(height)), columns(n)]
@@ -210,7 +226,11 @@ def _kernel(
                 row = start + i * _FILL
                 height = unit(jnp.minimum(stop - row, _FILL))
                 source = zeros.at[pl.ds(0, height), :]
-                act(pltpu.make_async_copy(source, y_hbm.at[pl.ds(unit(row), height), columns(n)], filled))
+                act(
+                    pltpu.make_async_copy(
+                        source, y_hbm.at[pl.ds(unit(row), height), columns(n)], filled
+                    )
+                )
 
             lax.fori_loop(0, lax.div(stop - start + _FILL - 1, _FILL), piece, None)
 
@@ -293,7 +313,9 @@ def _kernel(
 
         @pl.when(end > unit(end))
         def _():
-            copy = pltpu.make_async_copy(carry, y_hbm.at[pl.ds(unit(end), UNIT), columns(n)], filled)
+            copy = pltpu.make_async_copy(
+                carry, y_hbm.at[pl.ds(unit(end), UNIT), columns(n)], filled
+            )
             copy.start()
             copy.wait()
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from functools import partial
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
@@ -17,7 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from moejax_kernels.grouped_matmul import blocks
 from moejax_kernels.grouped_matmul.blocks import UNIT
-from moejax_kernels.grouped_matmul.pallas_tpu import dot, on_chip, pad
+from moejax_kernels.grouped_matmul.pallas_tpu import dot, like, on_chip, pad
 from moejax_kernels.grouped_matmul.tiles import LANES, Tiles, round_up, tiles_for
 
 
@@ -30,7 +29,6 @@ def weight_gradient(
     experts: int,
     dtype,
     tiles: Tiles | None = None,
-    interpret: bool | pltpu.InterpretParams = False,
 ) -> Array:
     """dw [experts, K, N] of `dtype`: x^T dy over the rows of each group, zero where there are none.
 
@@ -52,14 +50,20 @@ def weight_gradient(
         )
     x, dy = pad(x_RxK, (UNIT, LANES)), pad(dy_RxN, (UNIT, LANES))
     plan = blocks.cut(
-        group_sizes_G, group_offset, experts, x.shape[0], tiles.heights, tiles.ramp, visit_empty=True
+        group_sizes_G,
+        group_offset,
+        experts,
+        x.shape[0],
+        tiles.heights,
+        tiles.ramp,
+        visit_empty=True,
     )
-    out = dtype if dtype == jnp.bfloat16 else jnp.float32
-    dw = _call(x, dy, plan.scalars(), experts, out, tiles, interpret)
+    out = jnp.dtype(dtype if dtype == jnp.bfloat16 else jnp.float32)
+    dw = _call(x, dy, plan.scalars(), experts, out, tiles)
     return dw[:, :inputs, :columns].astype(dtype)
 
 
-def _call(x, dy, scalars, experts, dtype, tiles, interpret):
+def _call(x, dy, scalars, experts, dtype, tiles):
     (rows, inputs), columns = x.shape, dy.shape[1]
     width = min(tiles.columns, columns)
     slices = -(-columns // width)
@@ -71,7 +75,7 @@ def _call(x, dy, scalars, experts, dtype, tiles, interpret):
         heights=tiles.heights,
         chunk=min(tiles.chunk, width),
     )
-    out_shape = jax.ShapeDtypeStruct((experts, inputs, columns), dtype)
+    out_shape = like(x, (experts, inputs, columns), dtype)
     return pl.pallas_call(
         kernel,
         out_shape=out_shape,
@@ -95,10 +99,11 @@ def _call(x, dy, scalars, experts, dtype, tiles, interpret):
         ),
         cost_estimate=pl.CostEstimate(
             flops=2 * rows * inputs * columns,
-            bytes_accessed=slices * x.nbytes + dy.nbytes + out_shape.size * out_shape.dtype.itemsize,
+            bytes_accessed=slices * x.nbytes
+            + dy.nbytes
+            + out_shape.size * out_shape.dtype.itemsize,
             transcendentals=0,
         ),
-        interpret=interpret,
         name="grouped_matmul_dw",
     )(*scalars, x, dy)
 
@@ -128,7 +133,7 @@ def _kernel(
     chunk,
 ):
     count, visited = numbers[0], numbers[1]
-    inputs, width = total.shape
+    width = total.shape[1]
     first_slice = pl.program_id(0) * slices
     last_slice = jnp.minimum(first_slice + slices, all_slices)
 
@@ -143,7 +148,11 @@ def _kernel(
         @pl.when(height > 0)
         def _():
             here = pl.ds(0, height)
-            act(pltpu.make_async_copy(x_hbm.at[rows, :], x_buffer.at[slot, here, :], arrived.at[0, slot]))
+            act(
+                pltpu.make_async_copy(
+                    x_hbm.at[rows, :], x_buffer.at[slot, here, :], arrived.at[0, slot]
+                )
+            )
             act(
                 pltpu.make_async_copy(
                     dy_hbm.at[rows, columns(n)], dy_buffer.at[slot, here, :], arrived.at[1, slot]
@@ -170,7 +179,9 @@ def _kernel(
 
         def chunk_of(j, _):
             at = pl.ds(pl.multiple_of(jnp.minimum(j * chunk, width - chunk), LANES), chunk)
-            product = dot(turned[:, :height], dy_buffer[slot, :height, at], (((1,), (0,)), ((), ())))
+            product = dot(
+                turned[:, :height], dy_buffer[slot, :height, at], (((1,), (0,)), ((), ()))
+            )
             so_far = product + jnp.where(fresh, 0.0, total[:, at])
             total[:, at] = so_far
             dw_buffer[dw_slot, :, at] = so_far.astype(dw_buffer.dtype)

@@ -12,9 +12,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import get_abstract_mesh
+
+from moejax_kernels.chips import CHIPS, TPU7X, V5P, Chip
 
 LANES = 128
-MEBI = 1 << 20
 
 
 class Tiles(NamedTuple):
@@ -36,41 +38,32 @@ class Tiles(NamedTuple):
     vmem: int
 
 
-class Chip(NamedTuple):
-    """What tiles depend on: the side of a matrix unit, cores per device, VMEM bytes per core."""
-
-    name: str
-    side: int
-    cores: int
-    vmem: int
-
-
-CHIPS = {
-    chip.name: chip
-    for chip in (
-        Chip("v4", 128, 2, 16 * MEBI),
-        Chip("v5e", 128, 1, 128 * MEBI),
-        Chip("v5p", 128, 2, 64 * MEBI),
-        Chip("v6e", 256, 1, 128 * MEBI),
-        Chip("tpu7x", 256, 1, 64 * MEBI),
-    )
-}
-
-
 def round_up(size: int, multiple: int) -> int:
     """The least multiple that is not below `size`."""
     return -(-size // multiple) * multiple
 
 
 def attached_chip() -> Chip:
-    """The chip that JAX computes on, or the one of the least VMEM where no TPU is attached."""
-    if jax.default_backend() == "tpu":
-        kind = jax.devices()[0].device_kind.lower().replace("tpu", "").strip()
-        names = {"v4": "v4", "v5": "v5p", "v5p": "v5p", "v5 lite": "v5e", "v5e": "v5e"}
-        names |= {"v6 lite": "v6e", "v6e": "v6e", "7x": "tpu7x", "7": "tpu7x"}
-        if kind in names:
-            return CHIPS[names[kind]]
-    return CHIPS["v4"]
+    """The TPU of the mesh in use, else the one that JAX computes on.
+
+    Where there is neither, a chip whose VMEM is the least of all: its tiles run on every chip.
+    """
+    device = get_abstract_mesh().abstract_device
+    if device is None and jax.default_backend() == "tpu":
+        device = jax.devices()[0]
+    kind = device.device_kind if device is not None else ""
+    return CHIPS.get(_CHIP_OF_KIND.get(kind, ""), min(V5P, TPU7X, key=lambda chip: chip.vmem))
+
+
+_CHIP_OF_KIND = {
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+    "TPU7x": "tpu7x",
+}
 
 
 def tiles_for(
@@ -140,8 +133,8 @@ def _heights(kernel: str, mean: int, chip: Chip) -> tuple[int, ...]:
         return (512, 256, 128) if mean >= 128 else (128, 32)
     if mean < 48:
         return (64, 32, 16)
-    # A matrix unit of side 256 takes as long to load as 128 rows take to pass.
-    return (288, 256, 192, 128) if chip.side == 256 else (256, 192, 128, 64)
+    # A matrix unit of size 256 takes as long to load as 128 rows take to pass.
+    return (288, 256, 192, 128) if chip.size == 256 else (256, 192, 128, 64)
 
 
 def _bytes(kernel: str, height: int, inputs: int, columns: int, size: int, operands: int) -> int:
@@ -158,6 +151,6 @@ def _chunk(columns: int, work_per_column: int, chip: Chip) -> int:
     ramp = 1 + (1 << 26) // work_per_column  # in columns: about 250 cycles
 
     def cost(chunk: int) -> int:
-        return -(-columns // chunk) * (round_up(chunk, chip.side) + ramp)
+        return -(-columns // chunk) * (round_up(chunk, chip.size) + ramp)
 
     return min(range(LANES, min(limit, columns) + 1, LANES), key=cost)
