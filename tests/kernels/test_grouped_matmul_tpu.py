@@ -104,7 +104,7 @@ def layer_loss(x, w_LxExKxK, sizes, backend):
 
 
 def test_gradients_through_the_op_under_scan():
-    """Catches a custom gradient that swaps its operands, and state kept from one call to the next."""
+    """Catches a custom gradient that swaps its operands, and state kept between two calls."""
     x, w, sizes = normal(0, 40, 8), normal(1, 2, 3, 8, 8), jnp.asarray([20, 0, 17], jnp.int32)
     step = jax.jit(jax.value_and_grad(layer_loss, (0, 1)), static_argnums=3)
     with pltpu.force_tpu_interpret_mode():
@@ -133,7 +133,7 @@ def check_expert_parallel(devices):
     step = jax.jit(jax.value_and_grad(expert_parallel, (0, 1)), static_argnums=(3, 4))
     with pltpu.force_tpu_interpret_mode():
         value, got = step(x, w, sizes, "pallas_tpu", mesh)
-    wanted, want = step(x, w, sizes, "xla", mesh)
+    wanted, want = step(x, w, sizes, "reference", mesh)
     np.testing.assert_allclose(value, wanted, rtol=1e-5)
     for a, b in zip(got, want, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
@@ -210,21 +210,16 @@ def test_blocks_cover_every_row_once(heights, visit_empty):
 
 
 @pytest.mark.parametrize("chip", CHIPS.values(), ids=lambda chip: chip.name)
-@pytest.mark.parametrize(
-    "inputs, outputs", [(128, 128), (2048, 1408), (4096, 14336), (14336, 4096)]
-)
+@pytest.mark.parametrize("inputs, outputs", [(2048, 1408), (4096, 14336), (14336, 4096)])
 @pytest.mark.parametrize("kernel", ["forward", "transposed", "weights"])
 def test_tiles_fit(chip, inputs, outputs, kernel):
     """Catches tiles that no chip can hold, or that are no multiple of a lane."""
     for rows in (8, 32768):
         tiles = tiles_for(kernel, rows, inputs, outputs, 8, jnp.float32, chip=chip)
         tall = tiles.heights[0]
-        whole = inputs * tiles.columns * (4 if kernel == "weights" else 1)
-        assert (
-            4 * (2 * whole + 2 * tall * (inputs + tiles.columns))
-            <= 1.3 * tiles.vmem
-            < 1.3 * chip.vmem
-        )
+        matrices = (3 if kernel == "weights" else 2) * inputs * tiles.columns
+        buffers = matrices + 2 * tall * (inputs + tiles.columns)
+        assert 4 * buffers <= tiles.vmem < chip.vmem
         assert tiles.columns % 128 == 0 and tiles.chunk % 128 == 0
         assert all(height % UNIT == 0 for height in tiles.heights)
         assert list(tiles.heights) == sorted(tiles.heights, reverse=True)

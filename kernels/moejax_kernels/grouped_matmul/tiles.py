@@ -116,8 +116,13 @@ def rule(
 ) -> Tiles:
     """Tiles for any shape: as wide a slice as VMEM holds, code of about two thousand cycles."""
     size = jnp.dtype(dtype).itemsize
-    heights = _heights(kernel, rows // groups, chip)
     vmem = chip.vmem * 7 // 8
+    heights = _heights(kernel, rows // groups, chip)
+    narrowest = min(outputs, 2 * LANES)
+    while len(heights) > 1:
+        if _bytes(kernel, heights[0], inputs, narrowest, size, operands) <= vmem * 7 // 8:
+            break
+        heights = heights[1:]
     for slices in range(chip.cores, outputs // LANES + chip.cores):
         columns = min(outputs, round_up(-(-outputs // slices), 2 * LANES))
         if _bytes(kernel, heights[0], inputs, columns, size, operands) <= vmem * 7 // 8:
