@@ -133,7 +133,7 @@ def bounds(
 ) -> tuple[Array, Array]:
     """int32 [experts]: first and end row of each expert's group; both 0 where there is none."""
     groups = group_sizes_G.shape[0]
-    end_G = jnp.minimum(jnp.cumsum(group_sizes_G.astype(jnp.int32)), rows)
+    end_G = jnp.clip(jnp.cumsum(group_sizes_G.astype(jnp.int32)), 0, rows)
     start_G = jnp.concatenate([jnp.zeros(1, jnp.int32), end_G[:-1]])
     group_E = jnp.asarray(group_offset, jnp.int32) + jnp.arange(experts, dtype=jnp.int32)
     known_E = (group_E >= 0) & (group_E < groups)
