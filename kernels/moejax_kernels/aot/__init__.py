@@ -6,7 +6,7 @@
     print(report.table())                                    # flops, memory, collectives, ops
     kernel = report.kernel("gmm")                            # a Pallas kernel by its name=
     print(kernel.table())                                    # its loops and guards, by path
-    counts = {"loop0": steps + 2, "loop0/if0/if1": masked}
+    counts = kernel.grid(steps) | {"loop0/if0/if1": masked}
     cost = aot.cost(kernel, counts, hbm_bytes=traffic, flops=useful)
     cost.cycles, cost.hbm_cycles, cost.modelled, cost.useful_share, cost.spills
     aot.plot(kernel, "gmm.png")
@@ -15,13 +15,18 @@ A region is a loop or a guarded part (`pl.when`, `lax.cond`), named by its path 
 count says how often it runs in one call of the kernel, all loops around it included. Loops of
 constant length need none; a guard without one runs whenever the part around it runs. The grid of a
 Pallas kernel is one loop of steps + 2 trips (the first fills the pipeline, the last drains it) in
-which a guard holds the body; that guard is recognised and runs steps times. A guard that only asks
-whether there are any steps at all may be around that loop ("if0/loop0").
+which a guard holds the body; that guard is recognised and runs steps times: `grid(steps)`. A guard
+that only asks whether there are any steps at all may be around that loop ("if0/loop0"). Paths
+differ between chips: look for a region by what it does (`own`, `matmul`, `slots`) where that
+matters, as experiments/benchmarks/tpu does for megablox.
 
 Starting the compiler costs seconds, so that many programs share one child process:
 
     programs = {"a": aot.Program(f, shapes_a), "b": aot.Program(g, shapes_b)}
     reports = aot.compile_all(programs, chip="v5e")
+
+An op's folder describes its kernels for benchmarks and for the guard on cycles as `Case`s in a
+module `cases.py` with `tpu(shape, chip) -> Iterable[Case]`.
 
 A sharded program carries `NamedSharding`s of a `jax.sharding.AbstractMesh` in its shapes:
 
@@ -34,6 +39,7 @@ max(cycles, HBM bytes / bytes per cycle). `cycles` also holds the matrix units t
 rate, which a schedule may exceed on paper (v5e, v5p, tpu7x).
 """
 
+from moejax_kernels.aot.case import Case, Priced, least_bytes, price
 from moejax_kernels.aot.compile import (
     CompileError,
     CompilerMissing,
@@ -49,10 +55,12 @@ from moejax_kernels.aot.report import Report
 from moejax_kernels.aot.schedule import Schedule, parse
 
 __all__ = [
+    "Case",
     "Collective",
     "CompileError",
     "CompilerMissing",
     "Cost",
+    "Priced",
     "Program",
     "Region",
     "Report",
@@ -60,6 +68,8 @@ __all__ = [
     "compile_all",
     "compile_for",
     "cost",
+    "least_bytes",
     "parse",
     "plot",
+    "price",
 ]

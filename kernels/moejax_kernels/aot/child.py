@@ -8,33 +8,42 @@ its flags once, when it is loaded, so that all programs share one dump folder, e
 from __future__ import annotations
 
 import json
-import shutil
+import re
 import sys
 import traceback
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+
+_FINAL = re.compile(r"-final_(bundles|hlo-static-per-bundle-utilization)\.txt$")
 
 
 def main(folder: Path) -> None:
     """Compiles every program of the request; a failure is part of the answer."""
     request = json.loads((folder / "request.json").read_text())
     devices = _devices(request["platform"], request["topology"])
-    for name, program in request["programs"].items():
+    for name, mesh in request["meshes"].items():
         place = folder / name
         try:
-            executable = _compile(place, devices, program["mesh"])
+            executable = _compile(place, devices, mesh)
         except Exception as error:  # the parent raises it as CompileError
             report = {"error": str(error) or traceback.format_exc()}
         else:
-            report = _facts(executable) | {"compiler": devices[0].client.platform_version}
-        dump = place / "dump"
-        dump.mkdir()
+            report = _facts(executable) | {"compiler": _version(request["platform"])}
+            (place / "program.hlo").write_text(_hlo(executable, folder / "dump"))
+        (place / "dump").mkdir()
         for file in (folder / "dump").iterdir():
-            shutil.move(file, dump / file.name)
-        if "error" not in report:
-            (place / "program.hlo").write_text(_hlo(executable, dump))
+            if _FINAL.search(file.name):
+                file.rename(place / "dump" / file.name)
+            else:
+                file.unlink()
         (place / "report.json").write_text(json.dumps(report))
+
+
+def _version(platform: str) -> str:
+    package = {"tpu": "libtpu", "cuda": "jax-cuda13-plugin"}[platform]
+    return f"{package} {version(package)}"
 
 
 def _devices(platform: str, topology: str) -> list:

@@ -69,30 +69,48 @@ def compile_all(
     Raises CompilerMissing without libtpu, CompileError with the compiler's text.
     """
     chip = CHIPS[chip] if isinstance(chip, str) else chip
-    if chip.platform == "tpu" and find_spec("libtpu") is None:
-        raise CompilerMissing("libtpu is not installed; install moejax[aot] (or libtpu==0.0.52).")
+    _require(chip)
+    result: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="aot-") as temporary:
         folder = Path(temporary)
-        names = {f"p{index}": name for index, name in enumerate(programs)}
-        request = {"platform": chip.platform, "topology": topology or chip.topology, "programs": {}}
-        for key, name in names.items():
-            program = programs[name]
-            (folder / key).mkdir()
-            (folder / key / "module.mlir").write_bytes(_lower(program, chip.platform))
-            request["programs"][key] = {"mesh": list(program.mesh or (1,))}
-        (folder / "request.json").write_text(json.dumps(request))
-        _run(folder, schedules)
-        result: dict[str, Any] = {}
-        for key, name in names.items():
-            report = json.loads((folder / key / "report.json").read_text())
-            if "error" in report:
-                error = CompileError(f"{name} does not compile for {chip.name}: {report['error']}")
-                if not keep_failures:
-                    raise error
-                result[name] = error
+        pending: dict[str, str] = {}
+        for index, (name, program) in enumerate(programs.items()):
+            place = folder / f"p{index}"
+            place.mkdir()
+            try:
+                (place / "module.mlir").write_bytes(_lower(program, chip.platform))
+            except Exception as error:  # whatever the lowering rules of a kernel raise
+                result[name] = CompileError(f"{name} does not lower for {chip.name}: {error}")
+                result[name].__cause__ = error
             else:
-                result[name] = read_report(folder / key, report, chip)
-        return result
+                pending[name] = place.name
+        while pending:
+            meshes = {key: list(programs[name].mesh or (1,)) for name, key in pending.items()}
+            died = _run(folder, chip, topology or chip.topology, meshes, schedules)
+            for name, key in list(pending.items()):
+                file = folder / key / "report.json"
+                facts = json.loads(file.read_text()) if file.exists() else {"error": died}
+                if "error" in facts:
+                    reason = f"{name} does not compile for {chip.name}: {facts['error']}"
+                    result[name] = CompileError(reason)
+                else:
+                    result[name] = read_report(folder / key, facts, chip)
+                del pending[name]
+                if not file.exists():
+                    break  # this one ended the child: the others go on without it
+    failures = [value for value in result.values() if isinstance(value, CompileError)]
+    if failures and not keep_failures:
+        raise failures[0]
+    return {name: result[name] for name in programs}
+
+
+def _require(chip: Chip) -> None:
+    if chip.platform == "tpu" and find_spec("libtpu") is None:
+        raise CompilerMissing("libtpu is not installed: pip install libtpu==0.0.52 (extra: aot).")
+    if chip.platform == "cuda" and find_spec("jax_cuda13_plugin") is None:
+        raise CompilerMissing(
+            "The CUDA compiler is not installed: pip install 'jax[cuda13]' absl-py (extra: gpu)."
+        )
 
 
 def _lower(program: Program, platform: str) -> bytes:
@@ -104,18 +122,29 @@ def _lower(program: Program, platform: str) -> bytes:
     return module.getvalue()
 
 
-def _run(folder: Path, schedules: bool) -> None:
-    (folder / "dump").mkdir()
-    flags = f"--xla_jf_dump_to={folder / 'dump'} --xla_jf_dump_llo_text=true" if schedules else ""
-    kernels = str(Path(__file__).parents[2])
+def _run(
+    folder: Path, chip: Chip, topology: str, meshes: Mapping[str, Sequence[int]], schedules: bool
+) -> str:
+    """Runs one child; returns the end of what it printed."""
+    dump = folder / "dump"
+    dump.mkdir(exist_ok=True)
+    flags = [os.environ.get("LIBTPU_INIT_ARGS", "")]
+    if schedules:
+        flags += [f"--xla_jf_dump_to={dump}", "--xla_jf_dump_llo_text=true"]
+        flags += ["--xla_jf_dump_llo_pass_label_regex=^final_(bundles|hlo)"]
+    request = {"chip": chip.name, "platform": chip.platform, "topology": topology, "meshes": meshes}
+    (folder / "request.json").write_text(json.dumps(request))
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_WORKER_HOSTNAMES": "localhost",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
         "TPU_ACCELERATOR_TYPE": "v5litepod-4",  # silences a warning; the topology decides
-        "LIBTPU_INIT_ARGS": flags,
-        "PYTHONPATH": os.pathsep.join([kernels, os.environ.get("PYTHONPATH", "")]),
+        "LIBTPU_INIT_ARGS": " ".join(flags),
+        "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
+        "PYTHONPATH": os.pathsep.join(
+            [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
+        ),
     }
     child = subprocess.run(
         [sys.executable, "-m", "moejax_kernels.aot.child", str(folder)],
@@ -124,5 +153,4 @@ def _run(folder: Path, schedules: bool) -> None:
         text=True,
         errors="replace",
     )
-    if child.returncode:
-        raise CompileError(f"The compiler's process died:\n{child.stderr[-4000:]}")
+    return f"the compiler's process ended with {child.returncode}:\n{child.stderr[-4000:]}"

@@ -45,8 +45,9 @@ def collectives(hlo: str) -> tuple[Collective, ...]:
     for name, shape, kind, start, rest in _LINE.findall(hlo):
         arrays = _ARRAY.findall(shape)
         if start and kind != "all-reduce":
-            # A start gives (operands, results, ...); an all-reduce's gives the results alone.
-            arrays = arrays[len(arrays) // 2 :] if len(arrays) % 2 == 0 else arrays[1:2]
+            # A start gives operands, results and scalars of its own; an all-reduce's the results.
+            arrays = [array for array in arrays if array[1]]
+            arrays = arrays[len(arrays) // 2 :]
         groups = _GROUPS.search(rest)
         size = sum(_size(dtype, dims) for dtype, dims in arrays)
         found.append(Collective(name, kind, size, groups[1] if groups else ""))

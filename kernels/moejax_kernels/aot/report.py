@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -29,8 +29,8 @@ class Report:
     optimal_seconds: float
     memory: dict[str, int]
     compiler: str
-    hlo: str
-    dumps: dict[str, tuple[str, str]]
+    hlo: str = field(repr=False)
+    dumps: dict[str, tuple[str, str]] = field(repr=False)
 
     @cached_property
     def kernels(self) -> dict[str, Schedule]:
@@ -56,7 +56,7 @@ class Report:
     def table(self) -> str:
         """The report as text: costs, memory, collectives, the ops with most bundles."""
         lines = [
-            f"{self.chip.name}, {self.compiler.splitlines()[0]}, compiler's estimates:",
+            f"{self.chip.name}, {self.compiler}, compiler's estimates:",
             f"flops {self.flops:.3e}, HBM bytes {self.hbm_bytes:.3e}, "
             f"optimal {1e6 * self.optimal_seconds:.1f} us",
             "memory per device: "

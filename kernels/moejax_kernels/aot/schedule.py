@@ -84,6 +84,20 @@ class Schedule:
         visit(self.root, 1, 0)
         return result
 
+    def grid(self, steps: int) -> dict[str, int]:
+        """Counts of the loop that Pallas makes of a grid, for a grid of so many steps.
+
+        Raises ValueError if there is not one such loop.
+        """
+        loops = [
+            region.path
+            for region in self.root.walk()
+            if region.is_loop and any(child.pipelined for child in region.children)
+        ]
+        if len(loops) != 1:
+            raise ValueError(f"{len(loops)} loops look like a Pallas grid: {loops}.")
+        return {loops[0]: steps + 2}
+
     def runs(self, counts: Mapping[str, int] | None = None) -> np.ndarray:
         """int [bundles]: how often each bundle runs in one call of the kernel."""
         executions = self.executions(counts)

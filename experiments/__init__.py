@@ -1,0 +1,1 @@
+"""Studies: a script, expected numbers with their source, one protocol each."""
