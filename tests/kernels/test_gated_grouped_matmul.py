@@ -65,7 +65,7 @@ def test_every_backend(backend, dtype):
 def test_the_kernel_fuses_both_products():
     """Catches an epilogue on rounded products, and one applied to rows of a neighbouring group."""
     x, gate, up = operands("float32")
-    tiles = Tiles(128, 128, (32, 16), 8, 1, 16 << 20)
+    tiles = Tiles(128, 128, (32, 16), 8, 128, 1, 16 << 20)
 
     @jax.jit
     def call(x, gate, up, sizes, offset):

@@ -19,7 +19,7 @@ from moejax_kernels.grouped_matmul.tiles import Tiles, tiles_for
 
 R, K, N, E = 150, 100, 300, 3  # no multiple of a lane, of a unit or of a tile
 # Two slices of columns, the last moved back to fit; two chunks per slice; three heights.
-TILES = Tiles(256, 128, (64, 32, 16), 8, 1, 16 << 20)
+TILES = Tiles(256, 128, (64, 32, 16), 8, 128, 1, 16 << 20)
 
 
 def normal(seed, *shape, dtype=jnp.float32):

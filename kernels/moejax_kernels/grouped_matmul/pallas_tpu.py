@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 
 import jax
 import jax.numpy as jnp
@@ -111,6 +112,7 @@ def _call(x, weights, scalars, transposed, epilogue, tiles):
         epilogue=epilogue,
         heights=tiles.heights,
         chunk=min(tiles.chunk, width),
+        unit_size=tiles.unit,
     )
     experts = weights[0].shape[0]
     bytes_moved = slices * x.nbytes + rows * columns * x.dtype.itemsize
@@ -170,6 +172,7 @@ def _kernel(
     epilogue,
     heights,
     chunk,
+    unit_size,
 ):
     w_hbm, (y_hbm, x_buffer), refs = (
         refs[:operands],
@@ -241,13 +244,15 @@ def _kernel(
         contract = (((1,), (1 if transposed else 0,)), ((), ()))
 
         def chunk_of(j, _):
-            at = pl.ds(pl.multiple_of(jnp.minimum(j * chunk, width - chunk), LANES), chunk)
-            x = x_buffer[slot, :height, :]
-            products = []
-            for w_ref in w_buffer:
-                w = w_ref[w_slot, at, :] if transposed else w_ref[w_slot, :, at]
-                products.append(dot(x, w, contract))
-            y_buffer[slot, :height, at] = epilogue(*products).astype(y_buffer.dtype)
+            first = jnp.minimum(j * chunk, width - chunk)
+            for (left, right), (top, bottom) in product(cuts(chunk, unit_size), row_pieces(height)):
+                at = pl.ds(pl.multiple_of(first + left, LANES), right - left)
+                x = x_buffer[slot, top:bottom, :]
+                products = []
+                for w_ref in w_buffer:
+                    w = w_ref[w_slot, at, :] if transposed else w_ref[w_slot, :, at]
+                    products.append(dot(x, w, contract))
+                y_buffer[slot, top:bottom, at] = epilogue(*products).astype(y_buffer.dtype)
 
         steps = -(-width // chunk)
         if steps == 1:
@@ -337,6 +342,25 @@ def _kernel(
     lax.fori_loop(first_slice, last_slice, slice_of_columns, 0)
     await_y(0)
     await_y(1)
+
+
+PIECE = 128  # rows that pass a matrix unit while its next weights load, on v6e; on v5e, twice that
+
+
+def cuts(size: int, piece: int) -> list[tuple[int, int]]:
+    """[0, size) in pieces of `piece`, the last one shorter."""
+    return [(start, min(start + piece, size)) for start in range(0, size, piece)]
+
+
+def row_pieces(height: int) -> list[tuple[int, int]]:
+    """A block's rows in about equal pieces of at least PIECE rows, in multiples of UNIT.
+
+    The float32 sums of a piece times one matrix unit's columns stay in registers; those of a whole
+    block would be spilled, and the weights load in the shade of a piece as they do of a block.
+    """
+    parts = max(1, height // PIECE)
+    ends = [height * (i + 1) // parts // UNIT * UNIT for i in range(parts)]
+    return list(zip([0, *ends[:-1]], ends, strict=True))
 
 
 def dot(x: Array, w: Array, contract) -> Array:

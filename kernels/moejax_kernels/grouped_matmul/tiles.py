@@ -27,6 +27,7 @@ class Tiles(NamedTuple):
         the matrix unit often.
     heights: row blocks to choose from, descending multiples of 16.
     ramp: what a block costs beside its rows, in rows.
+    unit: side of a matrix unit.
     cores: tensor cores that share the column slices. vmem: bytes the kernel may take.
     """
 
@@ -34,6 +35,7 @@ class Tiles(NamedTuple):
     chunk: int
     heights: tuple[int, ...]
     ramp: int
+    unit: int
     cores: int
     vmem: int
 
@@ -55,6 +57,7 @@ def attached_chip() -> Chip:
     return CHIPS.get(_CHIP_OF_KIND.get(kind, ""), min(V5P, TPU7X, key=lambda chip: chip.vmem))
 
 
+_MEGACORE = (V5P,)  # two cores that JAX shows as one device; those of tpu7x are two devices
 _CHIP_OF_KIND = {
     "TPU v5 lite": "v5e",
     "TPU v5e": "v5e",
@@ -116,30 +119,46 @@ def rule(
 ) -> Tiles:
     """Tiles for any shape: as wide a slice as VMEM holds, code of about two thousand cycles."""
     size = jnp.dtype(dtype).itemsize
+    cores = chip.cores if chip in _MEGACORE else 1
     vmem = chip.vmem * 7 // 8
-    heights = _heights(kernel, rows // groups, chip)
+    budget = vmem * 7 // 8  # the compiler wants some for itself
+    heights = _heights(kernel, rows // groups, inputs, chip)
     narrowest = min(outputs, 2 * LANES)
-    while len(heights) > 1:
-        if _bytes(kernel, heights[0], inputs, narrowest, size, operands) <= vmem * 7 // 8:
-            break
+    while len(heights) > 1 and budget < _bytes(
+        kernel, heights[0], inputs, narrowest, size, operands
+    ):
         heights = heights[1:]
-    for slices in range(chip.cores, outputs // LANES + chip.cores):
-        columns = min(outputs, round_up(-(-outputs // slices), 2 * LANES))
-        if _bytes(kernel, heights[0], inputs, columns, size, operands) <= vmem * 7 // 8:
-            break
-    else:
-        columns = LANES
-    chunk = _chunk(columns, heights[0] * inputs * operands, chip)
-    return Tiles(columns, chunk, heights, 48, chip.cores, vmem)
+
+    def fits(columns: int) -> bool:
+        return _bytes(kernel, heights[0], inputs, columns, size, operands) <= budget
+
+    most = round_up(outputs, LANES) // LANES
+    widths = [
+        round_up(-(-outputs // slices), LANES) for slices in range(cores, max(cores, most) + 1)
+    ]
+    fitting = [columns for columns in widths if fits(columns)] or [LANES]
+    # A slice more costs another pass over x; columns done twice cost as much of everything.
+    columns = min(fitting[:4], key=lambda columns: -(-outputs // columns) * columns)
+    # Loading a tile of weights takes as long as 128 rows take to pass.
+    chunk = _chunk(columns, max(heights[0], 128) * inputs * operands, chip)
+    return Tiles(columns, chunk, heights, 48, chip.size, cores, vmem)
 
 
-def _heights(kernel: str, mean: int, chip: Chip) -> tuple[int, ...]:
+def _heights(kernel: str, mean: int, inputs: int, chip: Chip) -> tuple[int, ...]:
     if kernel == "weights":
         return (512, 256, 128) if mean >= 128 else (128, 32)
     if mean < 48:
-        return (64, 32, 16)
-    # A matrix unit of size 256 takes as long to load as 128 rows take to pass.
-    return (288, 256, 192, 128) if chip.size == 256 else (256, 192, 128, 64)
+        return (64, 16)  # loading weights takes longer than either
+    if chip.size == 256:
+        # The latency of the unit, paid per block, is worth some 50 rows; its weights take as long
+        # to load as 128 rows take to pass.
+        heights = (576, 512, 352, 256, 128) if mean >= 256 else (256, 192, 128)
+    else:
+        heights = (352, 256, 192, 128, 64)
+    return tuple(h for h in heights if h == heights[-1] or h * inputs <= _CODE // 256)
+
+
+_CODE = 1 << 30  # multiply-adds of one straight-line matmul: four thousand cycles on v6e
 
 
 def _bytes(kernel: str, height: int, inputs: int, columns: int, size: int, operands: int) -> int:
@@ -152,7 +171,8 @@ def _bytes(kernel: str, height: int, inputs: int, columns: int, size: int, opera
 
 def _chunk(columns: int, work_per_column: int, chip: Chip) -> int:
     """The width that passes over the columns fastest, among those of bounded code."""
-    limit = max(2 * LANES, (1 << 29) // work_per_column)
+    # A unit of side 128 is busy for so long that restarting it costs nothing.
+    limit = max(2 * LANES, _CODE * chip.size**2 // 256**2 // work_per_column)
     ramp = 1 + (1 << 26) // work_per_column  # in columns: about 250 cycles
 
     def cost(chunk: int) -> int:

@@ -11,7 +11,6 @@ import argparse
 import json
 import time
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -20,13 +19,12 @@ import numpy as np
 
 from moejax_kernels import aot
 from moejax_kernels.chips import CHIPS, Chip
-from moejax_kernels.grouped_matmul import modelled, pallas_tpu, pallas_tpu_dw
+from moejax_kernels.grouped_matmul import modelled
 from moejax_kernels.grouped_matmul.blocks import UNIT, cover
+from moejax_kernels.grouped_matmul.cases import case as case_of
 from moejax_kernels.grouped_matmul.tiles import (
-    LANES,
     Tiles,
     attached_chip,
-    round_up,
     rule,
     table_key,
 )
@@ -35,45 +33,7 @@ from moejax_kernels.shapes import SHAPES, ZIPF, Shape
 KERNELS = ("forward", "transposed", "weights")
 MENU = 5  # heights, each of which is code of its own
 TALLEST = 576  # rows of a block
-LONGEST = 4  # straight-line code, in multiples of the rule's
 SAMPLES = 2  # draws of group sizes per skew
-
-
-def program(kernel: str, shape: Shape, tiles: Tiles, dtype=jnp.bfloat16) -> aot.Program:
-    """One call of a kernel at the operands of `shape`; "transposed" maps outputs to inputs."""
-    x = jax.ShapeDtypeStruct((shape.rows, shape.inputs), dtype)
-    y = jax.ShapeDtypeStruct((shape.rows, shape.outputs), dtype)
-    w = jax.ShapeDtypeStruct((shape.experts, shape.inputs, shape.outputs), dtype)
-    sizes = jax.ShapeDtypeStruct((shape.experts,), jnp.int32)
-    if kernel == "weights":
-        call = partial(
-            pallas_tpu_dw.weight_gradient, experts=shape.experts, dtype=dtype, tiles=tiles
-        )
-        return aot.Program(call, (x, y, sizes))
-
-    def product(rows, w, sizes):
-        return pallas_tpu.forward(rows, (w,), sizes, transposed=kernel == "transposed", tiles=tiles)
-
-    return aot.Program(product, (y if kernel == "transposed" else x, w, sizes))
-
-
-def sides(kernel: str, shape: Shape) -> tuple[int, int]:
-    """Inputs and outputs of the kernel's product."""
-    turned = kernel == "transposed"
-    return (shape.outputs, shape.inputs) if turned else (shape.inputs, shape.outputs)
-
-
-def cost(
-    schedule: aot.Schedule, kernel: str, shape: Shape, tiles: Tiles, sizes: np.ndarray
-) -> aot.Cost:
-    """Modelled cost of a call; all three kernels have the flops of the product."""
-    inputs, outputs = sides(kernel, shape)
-    return aot.cost(
-        schedule,
-        modelled.counts(schedule, kernel, tiles, outputs, sizes),
-        hbm_bytes=modelled.traffic(kernel, tiles, inputs, outputs, sizes),
-        flops=shape.flops,
-    )
 
 
 def draws(shape: Shape) -> list[np.ndarray]:
@@ -82,24 +42,22 @@ def draws(shape: Shape) -> list[np.ndarray]:
     return [shape.group_sizes(skew, seed) for seed in seeds for skew in (0, ZIPF)]
 
 
-def price(schedule: aot.Schedule, kernel: str, shape: Shape, tiles: Tiles) -> float:
+def price(case: aot.Case, schedule: aot.Schedule) -> float:
     """Mean modelled cycles over the draws."""
-    return float(np.mean([cost(schedule, kernel, shape, tiles, s).modelled for s in draws(shape)]))
+    priced = []
+    for sizes in draws(case.shape):
+        counts, traffic = case.counts(schedule, sizes), case.hbm_bytes(sizes)
+        priced.append(aot.cost(schedule, counts, hbm_bytes=traffic).modelled)
+    return float(np.mean(priced))
 
 
 def candidates(kernel: str, shape: Shape, chip: Chip) -> list[Tiles]:
-    """The rule's tiles at several widths of a slice and lengths of code."""
-    start = rule(kernel, shape.rows, *sides(kernel, shape), shape.experts, jnp.bfloat16, chip=chip)
-    found = {start}
-    outputs = sides(kernel, shape)[1]
-    slices = -(-outputs // start.columns)
-    for more in range(3):
-        columns = round_up(-(-outputs // (slices + more)), LANES)
-        lengths = (start.chunk, 2 * start.chunk, 4 * start.chunk, columns)
-        for chunk in lengths:
-            if columns % chunk == 0 and chunk <= LONGEST * start.chunk:
-                found.add(start._replace(columns=columns, chunk=chunk))
-    return sorted(found)
+    """The rule's tiles, and twice the straight-line code: a longer compile, fewer restarts."""
+    start = rule(
+        kernel, shape.rows, *modelled.sides(kernel, shape), shape.experts, jnp.bfloat16, chip=chip
+    )
+    longer = start._replace(chunk=2 * start.chunk)
+    return [start, longer] if start.columns % longer.chunk == 0 else [start]
 
 
 def block_cycles(schedule: aot.Schedule) -> np.ndarray:
@@ -146,14 +104,15 @@ def tune(kernel: str, shape: Shape, chip: Chip) -> tuple[Tiles, float]:
     measured = jax.default_backend() == "tpu" and attached_chip() == chip
 
     def ranked(tried: Sequence[Tiles]) -> list[tuple[float, Tiles, aot.Schedule]]:
-        programs = {str(i): program(kernel, shape, tiles) for i, tiles in enumerate(tried)}
+        cases = [case_of(kernel, shape, tiles) for tiles in tried]
+        programs = {str(index): case.program for index, case in enumerate(cases)}
         reports = aot.compile_all(programs, chip=chip, keep_failures=True)
         found = []
-        for tiles, one, report in zip(tried, programs.values(), reports.values(), strict=True):
+        for tiles, case, report in zip(tried, cases, reports.values(), strict=True):
             if isinstance(report, aot.CompileError):
                 continue  # does not fit
-            schedule = report.kernel("grouped_matmul")
-            value = seconds(one, shape) if measured else price(schedule, kernel, shape, tiles)
+            schedule = report.kernel(case.kernel)
+            value = seconds(case) if measured else price(case, schedule)
             found.append((value, tiles, schedule))
         return sorted(found, key=lambda entry: entry[0])
 
@@ -165,13 +124,13 @@ def tune(kernel: str, shape: Shape, chip: Chip) -> tuple[Tiles, float]:
     return tiles, value
 
 
-def seconds(one: aot.Program, shape: Shape) -> float:
+def seconds(case: aot.Case) -> float:
     """Median time of a call on the attached device, over the draws."""
-    call = jax.jit(one.function)
-    *abstract, _ = one.shapes
+    call = jax.jit(case.program.function)
+    *abstract, _ = case.program.shapes
     arrays = [jnp.ones(like.shape, like.dtype) for like in abstract]
     times = []
-    for sizes in map(jnp.asarray, draws(shape) * 5):
+    for sizes in map(jnp.asarray, draws(case.shape) * 5):
         jax.block_until_ready(call(*arrays, sizes))
         start = time.perf_counter()
         jax.block_until_ready(call(*arrays, sizes))
@@ -194,7 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             shape = shapes[name]
             tiles, value = tune(kernel, shape, chip)
             print(f"{name:24}{kernel:12}{value:14.6g}  {tiles}", flush=True)
-            inputs, outputs = sides(kernel, shape)
+            inputs, outputs = modelled.sides(kernel, shape)
             key = table_key(kernel, shape.rows, inputs, outputs, shape.experts, jnp.bfloat16, 1)
             table = json.loads(file.read_text()) if file.exists() else {}
             table[key] = tiles._asdict()
