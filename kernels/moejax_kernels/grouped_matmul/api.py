@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +12,10 @@ import numpy as np
 from jax import Array, lax
 
 from moejax_kernels.grouped_matmul import reference, xla
+from moejax_kernels.platforms import Out, alike, per_platform
 
-BACKENDS = ("reference", "xla", "ragged_dot")
+BACKENDS = ("reference", "xla", "ragged_dot")  # on every platform
+KERNELS = ("pallas_tpu",)  # on its own platform, elsewhere in Pallas's interpret mode
 
 
 def grouped_matmul(
@@ -31,10 +33,11 @@ def grouped_matmul(
     x_RxK: rows of group 0 first, then group 1, ...; float, any R.
     group_sizes_G: integers, G >= 1 groups; may be traced.
     group_offset: w holds groups [group_offset, group_offset + E); may be traced.
-    backend: None for the platform's best, else "reference", "xla" or "ragged_dot".
+    backend: None for the platform's best, chosen when the program is lowered, else "reference",
+        "xla", "ragged_dot" or "pallas_tpu" (bfloat16 as it is, other dtypes in float32).
     Returns [R, N] in x's dtype, accumulated in float32; rows of groups that w does not hold and
     rows beyond sum(group_sizes) are zero. Differentiable in x and w, reverse mode, once.
-    Raises ValueError on shapes that do not fit, or "ragged_dot" with a group offset.
+    Raises ValueError on shapes that do not fit, and for "ragged_dot" with a group offset.
     """
     if w_ExKxN.ndim != 3:
         raise ValueError(f"w has shape {w_ExKxN.shape}, expected [E, K, N].")
@@ -69,19 +72,33 @@ def grouped_matmul_of(
     Differentiable in x and, through autodiff of `expert`, in the float leaves; the backward pass
     decodes each expert again instead of keeping it.
     """
-    if backend not in (None, *BACKENDS):
-        raise ValueError(f"backend = {backend!r} is unknown; choose None or one of {BACKENDS}.")
+    if backend not in (None, *BACKENDS, *KERNELS):
+        known = (*BACKENDS, *KERNELS)
+        raise ValueError(f"backend = {backend!r} is unknown; choose None or one of {known}.")
     if x_RxK.ndim != 2 or group_sizes_G.ndim != 1 or group_sizes_G.shape[0] == 0:
         raise ValueError(
             f"x {x_RxK.shape} must be [R, K] and group_sizes {group_sizes_G.shape} [G], G >= 1."
         )
-    whole = expert is _itself and isinstance(group_offset, int | np.integer) and group_offset == 0
+    plain = expert is _itself
+    whole = plain and isinstance(group_offset, int | np.integer) and group_offset == 0
     whole = whole and leaves.shape[0] == group_sizes_G.shape[0]
     if backend == "ragged_dot" and not whole:
         raise ValueError("ragged_dot wants a plain array, E == G and group_offset == 0; use 'xla'.")
-    if backend is None and not whole:
+    if backend == "pallas_tpu" and not plain:
+        raise ValueError("pallas_tpu wants a plain array; use 'xla', which decodes other formats.")
+    if backend is None and not plain:
         backend = "xla"
+    if backend is None:
+        # ragged_dot is masked dense on CPU: E times the flops. It is fast on some GPUs.
+        backend = PlatformBest(tpu="pallas_tpu", default="ragged_dot" if whole else "xla")
     return _dispatch(backend, expert, columns, x_RxK, leaves, group_sizes_G, group_offset)
+
+
+class PlatformBest(NamedTuple):
+    """Backends by platform; on CPU it is "xla"."""
+
+    tpu: str
+    default: str
 
 
 def _itself(leaf: Array) -> Array:
@@ -93,51 +110,81 @@ def _dispatch(backend, expert, columns, x_RxK, leaves, group_sizes_G, group_offs
     # jit keeps eager calls from compiling their loops anew each time.
     if backend == "reference":
         return reference.grouped_matmul_of(x_RxK, leaves, expert, group_sizes_G, group_offset)
-    return _loops(backend, expert, columns, x_RxK, leaves, group_sizes_G, group_offset)
+    arrays = alike(x_RxK, leaves, group_sizes_G, group_offset)
+    return _product(backend, expert, columns, *arrays)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _loops(backend, expert, columns, x_RxK, leaves, group_sizes_G, group_offset):
-    def by_loop(x, leaves, sizes):
-        return xla.forward(x, leaves, expert, columns, sizes, group_offset)
+def _product(backend, expert, columns, x_RxK, leaves, group_sizes_G, group_offset):
+    def by_loop(x, leaves, sizes, offset):
+        return xla.forward(x, leaves, expert, columns, sizes, offset)
 
-    return _choose(backend, by_loop, _ragged, x_RxK, leaves, group_sizes_G)
+    def by_ragged_dot(x, w, sizes, offset):
+        return _ragged(x, w, sizes)
+
+    def by_kernel(x, w, sizes, offset):
+        from moejax_kernels.grouped_matmul import pallas_tpu
+
+        return pallas_tpu.forward(x, (w,), sizes, offset)
+
+    ways = {"xla": by_loop, "ragged_dot": by_ragged_dot, "pallas_tpu": by_kernel}
+    out = Out((x_RxK.shape[0], columns), x_RxK.dtype)
+    return _choose(backend, ways, out, x_RxK, leaves, group_sizes_G, group_offset)
 
 
-def _loops_forward(backend, expert, columns, x_RxK, leaves, group_sizes_G, group_offset):
-    y_RxN = _loops(backend, expert, columns, x_RxK, leaves, group_sizes_G, group_offset)
+def _product_forward(backend, expert, columns, x_RxK, leaves, group_sizes_G, group_offset):
+    y_RxN = _product(backend, expert, columns, x_RxK, leaves, group_sizes_G, group_offset)
     return y_RxN, (x_RxK, leaves, group_sizes_G, group_offset)
 
 
-def _loops_backward(backend, expert, columns, saved, dy_RxN):
+def _product_backward(backend, expert, columns, saved, dy_RxN):
     x_RxK, leaves, group_sizes_G, group_offset = saved
 
-    def by_loop(x, leaves, sizes, dy):
-        width = x.shape[1]
-        dx = xla.forward(dy, leaves, expert, width, sizes, group_offset, transposed=True)
-        return dx, xla.leaves_gradient(x, dy, leaves, expert, sizes, group_offset)
+    def by_loop(x, leaves, sizes, offset, dy):
+        dx = xla.forward(dy, leaves, expert, x.shape[1], sizes, offset, transposed=True)
+        return dx, xla.leaves_gradient(x, dy, leaves, expert, sizes, offset)
 
-    def by_ragged_dot(x, leaves, sizes, dy):
-        return jax.vjp(lambda x, w: _ragged(x, w, sizes), x, leaves)[1](dy)
+    def by_ragged_dot(x, w, sizes, offset, dy):
+        return jax.vjp(lambda x, w: _ragged(x, w, sizes), x, w)[1](dy)
 
-    if backend == "xla":
-        dx, dleaves = by_loop(x_RxK, leaves, group_sizes_G, dy_RxN)
-    else:
-        dx, dleaves = _choose(backend, by_loop, by_ragged_dot, x_RxK, leaves, group_sizes_G, dy_RxN)
+    def by_kernel(x, w, sizes, offset, dy):
+        from moejax_kernels.grouped_matmul import pallas_tpu, pallas_tpu_dw
+
+        dx = pallas_tpu.forward(dy, (w,), sizes, offset, transposed=True)
+        dw = pallas_tpu_dw.weight_gradient(x, dy, sizes, offset, experts=w.shape[0], dtype=w.dtype)
+        return dx.astype(x.dtype), dw
+
+    ways = {"xla": by_loop, "ragged_dot": by_ragged_dot, "pallas_tpu": by_kernel}
+    arrays = (x_RxK, leaves, group_sizes_G, group_offset, dy_RxN)
+    out = jax.tree.map(lambda like: Out(like.shape, like.dtype), (x_RxK, leaves))
+    dx, dleaves = _choose(backend, ways, out, *arrays)
     return dx, dleaves, None, None
 
 
-_loops.defvjp(_loops_forward, _loops_backward)
+_product.defvjp(_product_forward, _product_backward)
 
 
-def _choose(backend, by_loop, by_ragged_dot, *arrays):
-    """Loops on CPU, where ragged_dot is masked dense (E times the flops); ragged_dot elsewhere."""
-    if backend == "xla":
-        return by_loop(*arrays)
-    if backend == "ragged_dot":
-        return by_ragged_dot(*arrays)
-    # Decided when the program is lowered: a TPU program may be compiled on a machine without one.
-    return lax.platform_dependent(*arrays, cpu=by_loop, default=by_ragged_dot)
+def _choose(backend, ways, out, *arrays):
+    """The backend's way with `arrays`; `out` is a pytree of its results' shapes."""
+    if not isinstance(backend, PlatformBest):
+        return ways[backend](*arrays)
+    treedef = jax.tree.structure(out, is_leaf=_is_out)
+
+    def flat(way):
+        return lambda *arrays: jax.tree.leaves(way(*arrays))
+
+    results = per_platform(
+        *arrays,  # formats never come here: a plain array is one leaf
+        out=jax.tree.leaves(out, is_leaf=_is_out),
+        cpu=flat(ways["xla"]),
+        tpu=flat(ways[backend.tpu]),
+        default=flat(ways[backend.default]),
+    )
+    return jax.tree.unflatten(treedef, results)
+
+
+def _is_out(tree: Any) -> bool:
+    return isinstance(tree, Out)
 
 
 def _ragged(x_RxK: Array, w_ExKxN: Array, group_sizes_G: Array) -> Array:
