@@ -6,14 +6,14 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from moejax_kernels.grouped_matmul import xla as dense_xla
-from moejax_kernels.quantized_grouped_matmul import reference, xla
+from moejax_kernels.quantized_grouped_matmul import pallas_tpu, reference, xla
 from moejax_kernels.quantized_grouped_matmul.layout import WORD, layout
 from moejax_kernels.quantized_grouped_matmul.reference import STEPS, Leaves
 
-BACKENDS = ("reference", "xla")
+BACKENDS = ("reference", "xla", "pallas_tpu")
 
 
 def quantized_grouped_matmul(
@@ -55,6 +55,11 @@ def quantized_grouped_matmul(
     _check(x_RxK, leaves, group_sizes_G, bits, activation_bits)
     if backend not in (None, *BACKENDS):
         raise ValueError(f"backend = {backend!r} is unknown; choose None or one of {BACKENDS}.")
+    if backend == "pallas_tpu" and not pallas_tpu.fits(x_RxK, leaves, group_sizes_G, bits):
+        raise ValueError(
+            f"the TPU kernel wants columns in 128s and whole chunks of inputs and groups; words "
+            f"{words.shape} of {bits} bits with {scale.shape[1]} groups do not fit; use 'xla'."
+        )
     return _jitted(backend, bits, activation_bits, x_RxK, leaves, group_sizes_G, group_offset)
 
 
@@ -97,10 +102,18 @@ def _jitted(backend, bits, activation_bits, x_RxK, leaves, group_sizes_G, group_
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _product(backend, bits, activation_bits, x_RxK, leaves, group_sizes_G, group_offset):
-    by = reference.forward if backend == "reference" else xla.forward
-    return by(
-        x_RxK, leaves, group_sizes_G, group_offset, bits=bits, activation_bits=activation_bits
-    )
+    options = {"bits": bits, "activation_bits": activation_bits}
+    portable = partial(xla.forward, **options)
+    operands = (x_RxK, leaves, group_sizes_G, group_offset)
+    if backend == "reference":
+        return reference.forward(*operands, **options)
+    if backend == "pallas_tpu":
+        return pallas_tpu.forward(*operands, **options)
+    if backend == "xla" or not pallas_tpu.fits(x_RxK, leaves, group_sizes_G, bits):
+        return portable(*operands)
+    # Decided when the program is lowered: a TPU program may be compiled on a machine without one.
+    kernel = partial(pallas_tpu.forward, **options)
+    return lax.platform_dependent(*operands, tpu=kernel, default=portable)
 
 
 def _product_forward(backend, bits, activation_bits, x_RxK, leaves, group_sizes_G, group_offset):

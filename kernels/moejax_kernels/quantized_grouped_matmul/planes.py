@@ -1,14 +1,15 @@
 """Words into matrix-unit operands without moving a weight: planes, and the order of inputs in them.
 
-A *chunk* is the words of 8 periods, 8 rows per word of the period: whole registers. Shifting all its
-words by the same count and masking gives a plane: one code of every byte lane (int8), or of every
-pair of lanes (bfloat16), and a register of planes is a packed operand as it stands. Which input
-stands where in a plane follows from the layout; the other operand is brought into that order once.
+A *chunk* is the words of 8 periods, 8 rows per word of the period: whole registers. Shifting all
+its words by the same count and masking gives a plane: one code of every byte lane (int8), or of
+every pair of lanes (bfloat16), and a register of planes is a packed operand as it stands. Which
+input stands where in a plane follows from the layout; the other operand is brought into that order
+once.
 
-As int8 a code is itself. As bfloat16 it is put into the mantissa of a power of two, 2**(7 - p) for a
-code at mantissa bit p, whose last place is then 1: the value is code + 2**(7 - p), and what is too
-much, `offset`, leaves the product with the row sums of x. 8 bits do not fit into a mantissa and go
-through int8, with offset -128.
+As int8 a code is itself. As bfloat16 it is put into the mantissa of a power of two, 2**(7 - p) for
+a code at mantissa bit p, whose last place is then 1: the value is code + 2**(7 - p), and what is
+too much, `offset`, leaves the product with the row sums of x. 8 bits do not fit into a mantissa and
+go through int8, with offset -128.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import numpy as np
 from jax import Array, lax
 from jax.experimental.pallas import tpu as pltpu
 
-from moejax_kernels.quantized_grouped_matmul.layout import LANES, WORD, Layout, layout
+from moejax_kernels.quantized_grouped_matmul.layout import LANES, Layout, layout
 
 SUBLANES = 8
 MANTISSA = 7  # bits of a bfloat16
@@ -37,7 +38,7 @@ class Piece(NamedTuple):
 
 
 class Order(NamedTuple):
-    """What stands in row i of a chunk's operand: input of the chunk, and what its value has too much."""
+    """Row i of a chunk's operand: which input stands there, and what its value has too much."""
 
     inputs: np.ndarray
     offset: np.ndarray
@@ -105,7 +106,7 @@ def order(bits: int, dtype: str) -> Order:
 
 
 def operand(words: Array, bits: int, dtype: str) -> Array:
-    """[inputs, N] int8 or bfloat16 of words [inputs * bits / 32, N]: chunk after chunk, in `order`."""
+    """[inputs, N] int8 or bfloat16 of words [inputs * bits / 32, N], each chunk in `order`."""
     plan = layout(bits)
     if bits == 8:
         codes = pltpu.bitcast(words ^ np.uint32(0x80808080), jnp.int8)
