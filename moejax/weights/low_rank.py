@@ -9,11 +9,11 @@ from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from jax import Array
+from moejax_kernels.lowrank_grouped_matmul import lowrank_grouped_matmul
 
 from moejax.core.errors import SpecError
 from moejax.weights.format import (
     Format,
-    grouped_matmul,
     matmul,
     register_format,
     require,
@@ -50,11 +50,9 @@ class LowRank(Format):
         self, x_RxK: Array, group_sizes_G: Array, *, group_offset: int | Array = 0
     ) -> Array:
         require_experts(self)
-        # The product x u stays in float32, so that bfloat16 is rounded once, at the end.
-        h_RxR = x_RxK.astype(jnp.promote_types(x_RxK.dtype, jnp.float32))
-        h_RxR = grouped_matmul(h_RxR, self.u, group_sizes_G, group_offset=group_offset)
-        y_RxN = grouped_matmul(h_RxR, self.v, group_sizes_G, group_offset=group_offset)
-        return y_RxN.astype(x_RxK.dtype)
+        return lowrank_grouped_matmul(
+            x_RxK, self.u, self.v, group_sizes_G, group_offset=group_offset
+        )
 
     def matmul(self, x: Array) -> Array:
         h = matmul(x.astype(jnp.promote_types(x.dtype, jnp.float32)), self.u)

@@ -2,63 +2,36 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
+from moejax_kernels import quantized_grouped_matmul as kernels
 
 from moejax.core.errors import SpecError
-from moejax.weights.format import Format, register_format, require
+from moejax.weights.format import Format, register_format, require, require_experts
 
 WORD = 32
 
 
-@partial(jax.jit, static_argnames="bits")
 def pack_codes(codes: Array, bits: int) -> Array:
     """uint32 words [*lead, K * bits / 32, N] of codes [*lead, K, N] in [0, 2**bits).
 
-    The codes of a column follow each other along K without gaps, the first in the lowest bits; a
-    3-bit code may lie across two words. Higher bits of a code are cut off.
+    Laid out as `moejax_kernels.quantized_grouped_matmul.layout` says: where `bits` divides 8, the
+    codes of a column follow each other along K without gaps, the first in the lowest bits; a 3-bit
+    code may lie across two words. Higher bits of a code are cut off.
     Raises SpecError if `bits` is not 1 .. 8 or K * bits is no multiple of 32.
     """
     check_packable(codes.shape[-2], bits)
-    per, period_words = _period(bits)
-    *lead, inputs, columns = codes.shape
-    codes = codes.astype(jnp.uint32) & ((1 << bits) - 1)
-    codes = codes.reshape(*lead, inputs // per, per, columns)
-    words = []
-    for word in range(period_words):
-        first, last = word * WORD // bits, -(-(word + 1) * WORD // bits)
-        shift = (np.arange(first, last) * bits - word * WORD)[:, None]
-        left, right = (np.maximum(s, 0).astype(np.uint32) for s in (shift, -shift))
-        # Bits of different codes do not meet, so that their sum is their union.
-        words.append((codes[..., first:last, :] << left >> right).sum(-2, dtype=jnp.uint32))
-    return jnp.stack(words, -2).reshape(*lead, inputs * bits // WORD, columns)
+    return kernels.pack_codes(codes, bits)
 
 
-@partial(jax.jit, static_argnames=("bits", "inputs"))
 def unpack_codes(words: Array, bits: int, inputs: int) -> Array:
     """uint8 codes [*lead, inputs, N] of words [*lead, inputs * bits / 32, N]: undoes pack_codes."""
     check_packable(inputs, bits)
-    per, period_words = _period(bits)
-    *lead, _, columns = words.shape
-    words = words.reshape(*lead, inputs // per, period_words, columns)
-    word, shift = np.divmod(np.arange(per) * bits, WORD)
-    low = shift.astype(np.uint32)[:, None]
-    if period_words == 1:
-        codes = words >> low
-    else:
-        across = (shift + bits > WORD)[:, None]
-        high = np.where(across, WORD - low, 0).astype(np.uint32)
-        following = words[..., np.minimum(word + 1, period_words - 1), :]
-        codes = words[..., word, :] >> low | jnp.where(across, following << high, np.uint32(0))
-    return (codes & ((1 << bits) - 1)).astype(jnp.uint8).reshape(*lead, inputs, columns)
+    return kernels.unpack_codes(words, bits)
 
 
 def check_packable(inputs: int, bits: int, name: str = "") -> None:
@@ -67,7 +40,7 @@ def check_packable(inputs: int, bits: int, name: str = "") -> None:
     if not 1 <= bits <= 8:
         raise SpecError(f"bits = {bits}{of} cannot be packed.", "Choose 1 to 8.", field="bits")
     if inputs * bits % WORD:
-        per = WORD // math.gcd(bits, WORD)
+        per = kernels.layout(bits).inputs
         raise SpecError(
             f"{inputs} inputs{of} at {bits} bits fill no whole number of 32-bit words.",
             f"Choose other bits, or a width that is a multiple of {per}.",
@@ -93,7 +66,7 @@ class Packed(Format):
 
     w[e, k, n] = (code[e, k, n] - zero[e, k // group, n]) * scale[e, k // group, n]
 
-    words: uint32 [*lead, K * bits / 32, N]; the codes of one column are contiguous along K.
+    words: uint32 [*lead, K * bits / 32, N], laid out as `pack_codes` says.
     scale: float16 (or any float) [*lead, K / group, N].
     zero: uint8 or float [*lead, K / group, N]; None means 2**(bits - 1), the symmetric grid.
     Built and checked by `pack(...)`.
@@ -122,6 +95,27 @@ class Packed(Format):
         zero = float(2 ** (self.bits - 1)) if self.zero is None else grouped(self.zero, 1)
         w = (grouped(codes, self.group) - zero) * grouped(self.scale, 1)
         return w.reshape(self.shape).astype(dtype)
+
+    def grouped_matmul(
+        self,
+        x_RxK: Array,
+        group_sizes_G: Array,
+        *,
+        group_offset: int | Array = 0,
+        addend: tuple[Array, Array] | None = None,
+    ) -> Array:
+        """[R, N], multiplied as it is packed; addend: low-rank factors (u, v) of a further term."""
+        require_experts(self)
+        return kernels.quantized_grouped_matmul(
+            x_RxK,
+            self.words,
+            self.scale,
+            self.zero,
+            group_sizes_G,
+            bits=self.bits,
+            group_offset=group_offset,
+            addend=addend,
+        )
 
     def axes(self, logical: Sequence[str | None]) -> dict[str, tuple[str | None, ...]]:
         names = ("words", "scale") if self.zero is None else ("words", "scale", "zero")
@@ -169,7 +163,7 @@ def check_coded(owner: Format, words: Array, scale: Array, bits: int, group: int
     require(1 <= bits <= 8, owner, f"bits = {bits}", "Choose 1 to 8.")
     require(words.dtype == jnp.uint32, owner, f"words are {words.dtype}", "Use pack_codes.")
     *lead, count, columns = words.shape
-    whole = count % _period(bits)[1] == 0
+    whole = count % kernels.layout(bits).words == 0
     require(whole, owner, f"{count} words hold no whole codes of {bits} bits", "Use pack_codes.")
     inputs = count * WORD // bits
     fits = group >= 1 and inputs % group == 0
@@ -183,9 +177,3 @@ def check_coded(owner: Format, words: Array, scale: Array, bits: int, group: int
     )
     floating = jnp.issubdtype(scale.dtype, jnp.floating)
     require(floating, owner, f"scale is {scale.dtype}", "Store it as float16 or float32.")
-
-
-def _period(bits: int) -> tuple[int, int]:
-    """Codes and words after which the layout repeats: (8, 1) for 4 bits, (32, 3) for 3."""
-    common = math.gcd(bits, WORD)
-    return WORD // common, bits // common

@@ -23,6 +23,8 @@ from moejax.weights.format import (
     require_experts,
     take,
 )
+from moejax.weights.low_rank import LowRank
+from moejax.weights.packed import Packed
 
 
 @register_format
@@ -54,6 +56,11 @@ class Sum(Format):
         self, x_RxK: Array, group_sizes_G: Array, *, group_offset: int | Array = 0
     ) -> Array:
         require_experts(self)
+        match self.terms:
+            case (Packed() as packed, LowRank(u, v)):  # one pass over the rows
+                return packed.grouped_matmul(
+                    x_RxK, group_sizes_G, group_offset=group_offset, addend=(u, v)
+                )
         x = x_RxK.astype(jnp.promote_types(x_RxK.dtype, jnp.float32))
         parts = [
             grouped_matmul(x, term, group_sizes_G, group_offset=group_offset) for term in self.terms

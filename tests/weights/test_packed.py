@@ -14,12 +14,26 @@ from moejax.weights import SymmetricGrid, grouped_matmul, pack, pack_codes, unpa
 
 
 def bits_of(words, bits, inputs):
-    """The codes read bit by bit: bit j of code k is bit k * bits + j of the column's words."""
-    codes = np.zeros((inputs, words.shape[1]), np.int64)
+    """The codes read bit by bit, byte lane by byte lane, from the definition of the layout.
+
+    A period is the fewest words in which the bytes of a lane hold whole codes. In each byte lie,
+    lowest first, as many whole codes as fit; the bits above them are strung together, byte after
+    byte, and hold the codes that remain.
+    """
+    per_lane, period = next((8 * n // bits, n) for n in range(1, 9) if 8 * n % bits == 0)
+    whole, codes = 8 // bits, np.zeros((inputs, words.shape[1]), np.int64)
     for k in range(inputs):
+        block, within = divmod(k, 4 * per_lane)
+        lane, i = divmod(within, per_lane)
         for j in range(bits):
-            word, bit = divmod(k * bits + j, 32)
-            codes[k] |= ((words[word].astype(np.int64) >> bit) & 1) << j
+            if i < whole * period:
+                byte, bit = i // whole, i % whole * bits + j
+            else:
+                spare = 8 - whole * bits
+                byte, bit = divmod((i - whole * period) * bits + j, spare)
+                bit += whole * bits
+            word = words[block * period + byte].astype(np.int64)
+            codes[k] |= ((word >> (8 * lane + bit)) & 1) << j
     return codes
 
 
@@ -33,6 +47,12 @@ def test_round_trip_and_layout(bits, seed):
     assert words.dtype == jnp.uint32 and words.shape == (64 * bits // 32, 3)
     np.testing.assert_array_equal(bits_of(np.asarray(words), bits, 64), codes)
     np.testing.assert_array_equal(unpack_codes(words, bits, 64), codes)
+    if 8 % bits == 0:
+        every = np.unpackbits(
+            np.asarray(words).view(np.uint8).reshape(-1, 3, 4), -1, bitorder="little"
+        )
+        stream = every.transpose(1, 0, 2).reshape(3, 64, bits)
+        np.testing.assert_array_equal((stream << np.arange(bits)).sum(-1).T, codes)
 
 
 def test_round_trip_under_jit_with_leading_axes():
