@@ -13,6 +13,7 @@ from moejax.checkpoint import payload_bytes
 from moejax.compress import Quantize
 from moejax.core import MoejaxError, SpecError, check_that, spec
 from moejax.core.atomic import write_atomically
+from moejax.core.axes import EXPERT
 from moejax.jobs.plan import Plan, model_table
 from moejax.mesh import MeshSpec, bytes_per_device
 from moejax.models import DecoderLM, ModelSpec, abstract_model, count_parameters, parameters
@@ -111,14 +112,26 @@ def short(count: int) -> str:
 
 
 def _on_device(model: DecoderLM, mesh: MeshSpec) -> str:
-    named = parameters(model)
-    banks = {name: ".moe.experts." in name for name in named}
     try:
-        size = bytes_per_device(named, mesh, banks, _STORED.itemsize) / 1e9
+        size = model_bytes_per_device(model, mesh) / 1e9
     except SpecError as error:
         return error.problem.removeprefix("MeshSpec.")
     fits = mesh.memory_gb is None or size <= mesh.memory_gb
     return f"{size:,.1f}" if fits else f"{size:,.1f} of {mesh.memory_gb:g}"
+
+
+def model_bytes_per_device(model: DecoderLM, mesh: MeshSpec) -> int:
+    """Bytes of the parameters on each device: plain arrays in bfloat16, banks cut by expert."""
+    total = 0
+    for name, weight in parameters(model).items():
+        lead = (EXPERT,) if ".moe.experts." in name else ()
+        rest = (None,) * (len(weights.shape(weight)) - len(lead))
+        axes = weights.logical_axes(weight, (*lead, *rest))
+        plain = not isinstance(weight, weights.Format)
+        for leaf, array in weights.flatten(weight).items():
+            itemsize = _STORED.itemsize if plain else array.dtype.itemsize
+            total += bytes_per_device(array.shape, axes[leaf], itemsize, mesh)
+    return total
 
 
 def _axes(mesh: MeshSpec) -> str:

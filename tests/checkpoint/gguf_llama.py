@@ -31,11 +31,11 @@ def metadata(**changes) -> dict:
     return {name: value for name, value in fields.items() if value is not None}
 
 
-def tensors(tied: bool) -> tuple[dict, dict[str, np.ndarray]]:
+def tensors(tied: bool, vocab: int = V) -> tuple[dict, dict[str, np.ndarray]]:
     """(tensors for `write_gguf`, their float32 values); one of each type among the matrices."""
-    shapes = {"token_embd.weight": (V, D), "output_norm.weight": (D,)}
+    shapes = {"token_embd.weight": (vocab, D), "output_norm.weight": (D,)}
     if not tied:
-        shapes["output.weight"] = (V, D)
+        shapes["output.weight"] = (vocab, D)
     for layer in range(LAYERS):
         for name, shape in {
             "attn_norm": (D,),

@@ -1,54 +1,15 @@
 """The tokenizer of a GGUF file gives the ids of the one it was written from."""
 
-import json
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer as LibraryTokenizer
-from tokenizers import models, pre_tokenizers, trainers
 
 from moejax.core.errors import DataError
-from moejax.data import END_OF_DOCUMENT, folder_tokenizer, gguf_tokenizer, write_folder_tokenizer
+from moejax.data import folder_tokenizer, gguf_tokenizer, write_folder_tokenizer
 from moejax.files import GGUF
+from tests.data.gguf_bpe import REFERENCE, SIZE, TEXTS, metadata
 from tests.files import gguf_writer as w
-
-TEXTS = ["the cat sat on the mat in 1984, the cat's hat", "größer als 12345 – 日本"] * 5
-SPECIAL = [END_OF_DOCUMENT, "<|im_start|>"]
-
-
-def _trained(digits: bool) -> LibraryTokenizer:
-    """A BPE of the library, digits one by one where asked."""
-    level = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    cut = [pre_tokenizers.Digits(individual_digits=True)] if digits else []
-    bpe = LibraryTokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([*cut, level])
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
-    )
-    bpe.train_from_iterator(TEXTS, trainer)
-    return bpe
-
-
-REFERENCE = {"gpt-2": _trained(digits=False), "smollm": _trained(digits=True)}
-SIZE = REFERENCE["smollm"].get_vocab_size()
-
-
-def _metadata(cut: str, **changes) -> dict:
-    model = json.loads(REFERENCE[cut].to_str())["model"]
-    tokens = sorted(model["vocab"], key=model["vocab"].get)
-    kinds = [3 if token in SPECIAL else 1 for token in tokens]
-    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
-    fields = {
-        "model": (w.STRING, "gpt2"),
-        "pre": (w.STRING, cut),
-        "tokens": (w.ARRAY, (w.STRING, tokens)),
-        "token_type": (w.ARRAY, (w.I32, kinds)),
-        "merges": (w.ARRAY, (w.STRING, merges)),
-    }
-    return {f"tokenizer.ggml.{key}": value for key, value in (fields | changes).items()}
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +17,7 @@ def read(tmp_path_factory):
     """Pre-tokenizer kind -> the tokenizer read back from a file."""
     folder = tmp_path_factory.mktemp("tokenizers")
     for cut in REFERENCE:
-        w.write_gguf(folder / f"{cut}.gguf", _metadata(cut), {})
+        w.write_gguf(folder / f"{cut}.gguf", metadata(cut), {})
     return {cut: gguf_tokenizer(GGUF(folder / f"{cut}.gguf")) for cut in REFERENCE}
 
 
@@ -87,10 +48,10 @@ def test_it_lies_beside_a_saved_model(read, tmp_path):
 
 def test_a_byte_without_a_token_is_an_error(tmp_path):
     """Catches bytes that the library drops without a word."""
-    fields = _metadata("smollm")
+    fields = metadata("smollm")
     _, (kind, tokens) = fields["tokenizer.ggml.tokens"]
     tokens = ["<lost>" if token == "Q" else token for token in tokens]
-    changed = _metadata("smollm", tokens=(w.ARRAY, (kind, tokens)))
+    changed = metadata("smollm", tokens=(w.ARRAY, (kind, tokens)))
     w.write_gguf(tmp_path / "a.gguf", changed, {})
     tokenizer = gguf_tokenizer(GGUF(tmp_path / "a.gguf"))
     with pytest.raises(DataError, match="the text holds 'Q'"):
@@ -116,6 +77,6 @@ DAMAGED = {
 @pytest.mark.parametrize("problem", DAMAGED)
 def test_what_cannot_be_read_is_named(tmp_path, problem):
     """Catches a tokenizer of another kind that gives ids all the same."""
-    w.write_gguf(tmp_path / "a.gguf", _metadata("smollm", **DAMAGED[problem]), {})
+    w.write_gguf(tmp_path / "a.gguf", metadata("smollm", **DAMAGED[problem]), {})
     with pytest.raises(DataError, match=problem.replace("|", r"\|")):
         gguf_tokenizer(GGUF(tmp_path / "a.gguf"))
