@@ -159,7 +159,8 @@ def _run(
         "TPU_ACCELERATOR_TYPE": "v5litepod-4",  # silences a warning; the topology decides
         "LIBTPU_INIT_ARGS": " ".join(flags),
         "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
-        "XLA_FLAGS": os.environ.get("XLA_FLAGS", "") + " --xla_gpu_autotune_level=0",
+        # Not what this process uses: its flags are for the platform it computes on.
+        "XLA_FLAGS": "--xla_gpu_autotune_level=0" if chip.platform == "cuda" else "",
         "PYTHONPATH": os.pathsep.join(
             [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
         ),
