@@ -92,3 +92,9 @@ TPU7X = Chip(
     6,
 )
 CHIPS = {chip.name: chip for chip in (V5E, V5P, V6E, TPU7X)}
+"""The TPUs, by name."""
+
+# 132 multiprocessors with 4 tensor cores each; dense bf16 peak, 1.83 GHz.
+H100 = Chip(
+    "h100", "NVIDIA H100 80GB HBM3", "cuda", "1x1x8", 1, 989e12, 528, 16, 2, 3350e9, 80e9, 50 * _MIB
+)

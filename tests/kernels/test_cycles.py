@@ -10,9 +10,14 @@ from moejax_kernels.chips import CHIPS
 
 from experiments.benchmarks import guard
 
+FAST = ("v5e", "v6e")
+
 
 @pytest.mark.skipif(find_spec("libtpu") is None, reason="libtpu is not installed (extra: aot)")
-@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize(
+    "chip",
+    [pytest.param(chip, marks=() if chip in FAST else pytest.mark.slow) for chip in CHIPS],
+)
 def test_cycles_do_not_grow(chip):
     """Catches a kernel that takes 10 % more cycles than recorded, or no longer compiles."""
     compiler = aot.compiler_version()

@@ -34,7 +34,10 @@ class Case(NamedTuple):
 
 
 class Priced(NamedTuple):
-    """A case at given group sizes on a chip; `cost` and `schedule` are None where it failed."""
+    """A case at given group sizes on a chip; no cost and schedule, but a failure, where it failed.
+
+    bound: cycles in which HBM moves the least bytes.
+    """
 
     case: Case
     sizes: np.ndarray
@@ -57,23 +60,29 @@ def price(cases: Iterable[Case], chip: Chip, sizes: Mapping[str, np.ndarray]) ->
     cases = list(cases)
     programs = {f"case {index}": case.program for index, case in enumerate(cases)}
     reports: dict[str, Any] = compile_all(programs, chip=chip, keep_failures=True)
-    priced = []
-    for case, report in zip(cases, reports.values(), strict=True):
-        schedule, failure = None, ""
-        if isinstance(report, CompileError):
-            failure = str(report).partition(": ")[2]
-        else:
-            schedule = report.kernel(case.kernel)
-        for group_sizes in sizes.values():
-            bound = case.least_bytes(group_sizes) / chip.bytes_per_cycle
-            found = schedule and cost(
-                schedule,
-                case.counts(schedule, group_sizes),
-                hbm_bytes=case.hbm_bytes(group_sizes),
-                flops=case.shape.flops,
-            )
-            priced.append(Priced(case, group_sizes, found, bound, schedule, failure))
-    return priced
+    return [
+        _price(case, report, chip, group_sizes)
+        for case, report in zip(cases, reports.values(), strict=True)
+        for group_sizes in sizes.values()
+    ]
+
+
+def _price(case: Case, report: Any, chip: Chip, group_sizes: np.ndarray) -> Priced:
+    bound = case.least_bytes(group_sizes) / chip.bytes_per_cycle
+    if isinstance(report, CompileError):
+        reason = str(report).partition(": ")[2]
+        return Priced(case, group_sizes, None, bound, None, reason)
+    try:
+        schedule = report.kernel(case.kernel)
+        found = cost(
+            schedule,
+            case.counts(schedule, group_sizes),
+            hbm_bytes=case.hbm_bytes(group_sizes),
+            flops=case.shape.flops,
+        )
+    except ValueError as error:  # the case does not describe this schedule
+        return Priced(case, group_sizes, None, bound, None, f"cannot be counted: {error}")
+    return Priced(case, group_sizes, found, bound, schedule, "")
 
 
 def least_bytes(

@@ -19,7 +19,7 @@ import jax
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from moejax_kernels.aot.report import Report, read_report
-from moejax_kernels.chips import CHIPS, Chip
+from moejax_kernels.chips import CHIPS, H100, Chip
 
 
 class CompileError(ValueError):
@@ -66,12 +66,12 @@ def compile_all(
 ) -> dict[str, Any]:
     """Compiles several programs in one child process: starting the compiler costs seconds.
 
-    chip: "v5e", "v5p", "v6e", "tpu7x" or a `Chip`; topology: a name like "v5e:16x16", by default
-        the chip's smallest. schedules: read the kernels' schedules too.
+    chip: "v5e", "v5p", "v6e", "tpu7x", "h100" or a `Chip`; topology: a name like "v5e:16x16",
+        by default the chip's smallest. schedules: read the kernels' schedules too (TPU only).
     keep_failures: a program that does not compile gives its CompileError as value.
-    Raises CompilerMissing without libtpu, CompileError with the compiler's text.
+    Raises CompilerMissing without libtpu (h100: jax[cuda13]), CompileError with the reason.
     """
-    chip = CHIPS[chip] if isinstance(chip, str) else chip
+    chip = {**CHIPS, H100.name: H100}[chip] if isinstance(chip, str) else chip
     compiler = compiler_version(chip.platform)
     result: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="aot-") as temporary:
@@ -109,7 +109,7 @@ def compile_all(
 
 def compiler_version(platform: str = "tpu") -> str:
     """Name and version of the platform's compiler. Raises CompilerMissing."""
-    _require(next(chip for chip in CHIPS.values() if chip.platform == platform))
+    _require(platform)
     package = _PACKAGES[platform]
     return f"{package} {version(package)}"
 
@@ -117,10 +117,10 @@ def compiler_version(platform: str = "tpu") -> str:
 _PACKAGES = {"tpu": "libtpu", "cuda": "jax-cuda13-plugin"}
 
 
-def _require(chip: Chip) -> None:
-    if chip.platform == "tpu" and find_spec("libtpu") is None:
+def _require(platform: str) -> None:
+    if platform == "tpu" and find_spec("libtpu") is None:
         raise CompilerMissing("libtpu is not installed: pip install libtpu==0.0.52 (extra: aot).")
-    if chip.platform == "cuda" and find_spec("jax_cuda13_plugin") is None:
+    if platform == "cuda" and find_spec("jax_cuda13_plugin") is None:
         raise CompilerMissing(
             "The CUDA compiler is not installed: pip install 'jax[cuda13]' absl-py (extra: gpu)."
         )
@@ -159,6 +159,8 @@ def _run(
         "TPU_ACCELERATOR_TYPE": "v5litepod-4",  # silences a warning; the topology decides
         "LIBTPU_INIT_ARGS": " ".join(flags),
         "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
+        # Not what this process uses: its flags are for the platform it computes on.
+        "XLA_FLAGS": "--xla_gpu_autotune_level=0" if chip.platform == "cuda" else "",
         "PYTHONPATH": os.pathsep.join(
             [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
         ),
