@@ -51,15 +51,6 @@ def price(case: aot.Case, schedule: aot.Schedule) -> float:
     return float(np.mean(priced))
 
 
-def candidates(kernel: str, shape: Shape, chip: Chip) -> list[Tiles]:
-    """The rule's tiles, and twice the straight-line code: a longer compile, fewer restarts."""
-    start = rule(
-        kernel, shape.rows, *modelled.sides(kernel, shape), shape.experts, jnp.bfloat16, chip=chip
-    )
-    longer = start._replace(chunk=2 * start.chunk)
-    return [start, longer] if start.columns % longer.chunk == 0 else [start]
-
-
 def block_cycles(schedule: aot.Schedule) -> np.ndarray:
     """Cycles of one block of each height, its share of the loop around it included."""
 
@@ -116,9 +107,13 @@ def tune(kernel: str, shape: Shape, chip: Chip) -> tuple[Tiles, float]:
             found.append((value, tiles, schedule))
         return sorted(found, key=lambda entry: entry[0])
 
-    value, tiles, schedule = ranked(candidates(kernel, shape, chip))[0]
-    tried = with_menu(tiles, block_cycles(schedule), shape)
-    better = ranked([tried]) if tried != tiles else []
+    sides = modelled.sides(kernel, shape)
+    start = rule(kernel, shape.rows, *sides, shape.experts, jnp.bfloat16, chip=chip)
+    shorter = start._replace(chunk=start.chunk // 2)
+    tried = [start] if shorter.chunk % chip.size else [start, shorter]
+    value, tiles, schedule = ranked(tried)[0]
+    refined = with_menu(tiles, block_cycles(schedule), shape)
+    better = ranked([refined]) if refined != tiles else []
     if better and better[0][0] < value:
         value, tiles, _ = better[0]
     return tiles, value
