@@ -83,7 +83,12 @@ def _counts(
     m, k, n = tiling
     tiles_k = -(-shape.inputs // k)
     last = int(visits(sizes, m).sum()) * -(-shape.outputs // n)  # steps with the last tile of K
-    counts = schedule.grid(last * tiles_k)
+    steps = last * tiles_k
+    loops = [region for region in schedule.root.walk() if region.is_loop]
+    if any(region.pipelined for region in schedule.root.walk()):
+        counts = schedule.grid(steps)
+    else:  # tokamax prefetches in front of the loop
+        counts = {loops[0].path: steps}
     (loop,) = counts
     guards = [
         region

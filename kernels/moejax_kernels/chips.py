@@ -23,11 +23,12 @@ class Chip:
 
     peak: bf16 flops/s; hbm_rate: bytes/s; hbm: bytes; vmem: bytes (of a GPU: L2 cache).
     matrix_units of size x size multiply-adds take `rows` bf16 rows a cycle each.
-    topology: the smallest name the compiler takes; branch_delay: bundles behind a branch that run
-        in any case, as its schedules show.
+    kind: what `jax.Device.device_kind` says; topology: the smallest name the compiler takes.
+    branch_delay: bundles behind a branch that run in any case, as schedules show.
     """
 
     name: str
+    kind: str
     platform: str
     topology: str
     cores: int
@@ -56,10 +57,44 @@ class Chip:
         return self.hbm_rate / self.clock
 
 
-V5E = Chip("v5e", "tpu", "v5e:2x2", 1, 197e12, 4, 128, 1, 819e9, 16e9, 128 * _MIB, 4)
-V5P = Chip("v5p", "tpu", "v5p:2x2x1", 2, 459e12 / 2, 4, 128, 1, 2765e9 / 2, 95e9 / 2, 64 * _MIB, 4)
-V6E = Chip("v6e", "tpu", "v6e:2x2", 1, 918e12, 2, 256, 2, 1638e9, 32e9, 128 * _MIB, 4)
+V5E = Chip("v5e", "TPU v5 lite", "tpu", "v5e:2x2", 1, 197e12, 4, 128, 1, 819e9, 16e9, 128 * _MIB, 4)
+V5P = Chip(
+    "v5p",
+    "TPU v5",
+    "tpu",
+    "v5p:2x2x1",
+    2,
+    459e12 / 2,
+    4,
+    128,
+    1,
+    2765e9 / 2,
+    95e9 / 2,
+    64 * _MIB,
+    4,
+)
+V6E = Chip(
+    "v6e", "TPU v6 lite", "tpu", "v6e:2x2", 1, 918e12, 2, 256, 2, 1638e9, 32e9, 128 * _MIB, 4
+)
 TPU7X = Chip(
-    "tpu7x", "tpu", "tpu7x:2x2x1", 2, 2307e12 / 2, 2, 256, 2, 7380e9 / 2, 192e9 / 2, 64 * _MIB, 6
+    "tpu7x",
+    "TPU7x",
+    "tpu",
+    "tpu7x:2x2x1",
+    2,
+    2307e12 / 2,
+    2,
+    256,
+    2,
+    7380e9 / 2,
+    192e9 / 2,
+    64 * _MIB,
+    6,
 )
 CHIPS = {chip.name: chip for chip in (V5E, V5P, V6E, TPU7X)}
+"""The TPUs, by name."""
+
+# 132 multiprocessors with 4 tensor cores each; dense bf16 peak, 1.83 GHz.
+H100 = Chip(
+    "h100", "NVIDIA H100 80GB HBM3", "cuda", "1x1x8", 1, 989e12, 528, 16, 2, 3350e9, 80e9, 50 * _MIB
+)

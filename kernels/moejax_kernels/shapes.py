@@ -57,7 +57,12 @@ class Shape(NamedTuple):
         return 2 * self.rows * self.inputs * self.outputs
 
     def group_sizes(self, skew: float, seed: int = 0) -> np.ndarray:
-        """int32 [experts], sum = rows: every token chooses distinct experts at random.
+        """int32 [experts], sum = rows: how many tokens chose each expert; see `choices`."""
+        chosen_TxK = self.choices(skew, seed)
+        return np.bincount(chosen_TxK.ravel(), minlength=self.experts).astype(np.int32)
+
+    def choices(self, skew: float, seed: int = 0) -> np.ndarray:
+        """int [tokens, chosen]: every token chooses distinct experts at random.
 
         skew: experts are chosen with odds rank**-skew, ranks shuffled; 0 is balanced on average,
             `ZIPF` is skewed. Gumbel top-k draws without replacement (arXiv:1903.06059).
@@ -65,9 +70,8 @@ class Shape(NamedTuple):
         generator = np.random.default_rng(seed)
         log_odds_E = -skew * np.log(1.0 + generator.permutation(self.experts))
         noise_TxE = generator.gumbel(size=(self.tokens, self.experts))
-        first_E = np.argpartition(-(log_odds_E + noise_TxE), self.chosen - 1, axis=1)
-        chosen_A = first_E[:, : self.chosen].ravel()
-        return np.bincount(chosen_A, minlength=self.experts).astype(np.int32)
+        first_TxE = np.argpartition(-(log_odds_E + noise_TxE), self.chosen - 1, axis=1)
+        return first_TxE[:, : self.chosen]
 
 
 REFERENCE = Experts("reference", 256, 128, 16, 2)  # moejax's own reference model

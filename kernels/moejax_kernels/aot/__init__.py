@@ -18,7 +18,8 @@ Pallas kernel is one loop of steps + 2 trips (the first fills the pipeline, the 
 which a guard holds the body; that guard is recognised and runs steps times: `grid(steps)`. A guard
 that only asks whether there are any steps at all may be around that loop ("if0/loop0"). Paths
 differ between chips: look for a region by what it does (`own`, `matmul`, `slots`) where that
-matters, as experiments/benchmarks/tpu does for megablox.
+matters, as experiments/benchmarks/megablox.py does. On v5p two cores share a grid whose axes are
+parallel, and each runs the same schedule: count what one of them runs.
 
 Starting the compiler costs seconds, so that many programs share one child process:
 
@@ -46,6 +47,7 @@ from moejax_kernels.aot.compile import (
     Program,
     compile_all,
     compile_for,
+    compiler_version,
 )
 from moejax_kernels.aot.control import Region
 from moejax_kernels.aot.cost import Cost, cost
@@ -67,6 +69,7 @@ __all__ = [
     "Schedule",
     "compile_all",
     "compile_for",
+    "compiler_version",
     "cost",
     "least_bytes",
     "parse",

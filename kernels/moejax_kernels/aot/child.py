@@ -11,12 +11,29 @@ import json
 import re
 import sys
 import traceback
-from importlib.metadata import version
 from pathlib import Path
 
+import jax
 import numpy as np
 
 _FINAL = re.compile(r"-final_(bundles|hlo-static-per-bundle-utilization)\.txt$")
+
+
+# What XLA asks a GPU: NVIDIA's CUDA programming guide, compute capability 9.0, and the data sheet.
+_H100 = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
+  shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448
+  shared_memory_per_core: 233472 registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98
+  memory_bandwidth: 3350000000000 l2_cache_size: 52428800 device_memory_size: 85899345920
+  cuda_compute_capability { major: 9 }
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 8 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
 
 
 def main(folder: Path) -> None:
@@ -30,7 +47,7 @@ def main(folder: Path) -> None:
         except Exception as error:  # the parent raises it as CompileError
             report = {"error": str(error) or traceback.format_exc()}
         else:
-            report = _facts(executable) | {"compiler": _version(request["platform"])}
+            report = _facts(executable)
             (place / "program.hlo").write_text(_hlo(executable, folder / "dump"))
         (place / "dump").mkdir()
         for file in (folder / "dump").iterdir():
@@ -41,15 +58,16 @@ def main(folder: Path) -> None:
         (place / "report.json").write_text(json.dumps(report))
 
 
-def _version(platform: str) -> str:
-    package = {"tpu": "libtpu", "cuda": "jax-cuda13-plugin"}[platform]
-    return f"{package} {version(package)}"
-
-
 def _devices(platform: str, topology: str) -> list:
     from jax.experimental import topologies
 
-    return list(topologies.get_topology_desc(platform=platform, topology_name=topology).devices)
+    if platform == "cuda":
+        described = topologies.get_topology_desc(
+            "h100", platform=platform, target_config=_H100, topology=topology
+        )
+    else:
+        described = topologies.get_topology_desc(platform=platform, topology_name=topology)
+    return list(described.devices)
 
 
 def _compile(place: Path, devices: list, mesh: list[int]):
@@ -83,9 +101,12 @@ def _compile(place: Path, devices: list, mesh: list[int]):
 
 def _facts(executable) -> dict:
     memory = executable.get_compiled_memory_stats()
-    cost = executable.cost_analysis()
+    try:
+        cost = executable.cost_analysis()
+    except jax.errors.JaxRuntimeError:  # not implemented for GPUs
+        cost = None
     return {
-        "cost": cost[0] if isinstance(cost, list) else cost,
+        "cost": cost,
         "memory": {
             "arguments": memory.argument_size_in_bytes,
             "outputs": memory.output_size_in_bytes,

@@ -9,14 +9,17 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+from jax.sharding import AbstractDevice, AbstractMesh
 
 from moejax_kernels.aot.report import Report, read_report
-from moejax_kernels.chips import CHIPS, Chip
+from moejax_kernels.chips import CHIPS, H100, Chip
 
 
 class CompileError(ValueError):
@@ -63,13 +66,13 @@ def compile_all(
 ) -> dict[str, Any]:
     """Compiles several programs in one child process: starting the compiler costs seconds.
 
-    chip: "v5e", "v5p", "v6e", "tpu7x" or a `Chip`; topology: a name like "v5e:16x16", by default
-        the chip's smallest. schedules: read the kernels' schedules too.
+    chip: "v5e", "v5p", "v6e", "tpu7x", "h100" or a `Chip`; topology: a name like "v5e:16x16",
+        by default the chip's smallest. schedules: read the kernels' schedules too (TPU only).
     keep_failures: a program that does not compile gives its CompileError as value.
-    Raises CompilerMissing without libtpu, CompileError with the compiler's text.
+    Raises CompilerMissing without libtpu (h100: jax[cuda13]), CompileError with the reason.
     """
-    chip = CHIPS[chip] if isinstance(chip, str) else chip
-    _require(chip)
+    chip = {**CHIPS, H100.name: H100}[chip] if isinstance(chip, str) else chip
+    compiler = compiler_version(chip.platform)
     result: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="aot-") as temporary:
         folder = Path(temporary)
@@ -78,7 +81,7 @@ def compile_all(
             place = folder / f"p{index}"
             place.mkdir()
             try:
-                (place / "module.mlir").write_bytes(_lower(program, chip.platform))
+                (place / "module.mlir").write_bytes(_lower(program, chip))
             except Exception as error:  # whatever the lowering rules of a kernel raise
                 result[name] = CompileError(f"{name} does not lower for {chip.name}: {error}")
                 result[name].__cause__ = error
@@ -94,7 +97,7 @@ def compile_all(
                     reason = f"{name} does not compile for {chip.name}: {facts['error']}"
                     result[name] = CompileError(reason)
                 else:
-                    result[name] = read_report(folder / key, facts, chip)
+                    result[name] = read_report(folder / key, facts, chip, compiler)
                 del pending[name]
                 if not file.exists():
                     break  # this one ended the child: the others go on without it
@@ -104,19 +107,33 @@ def compile_all(
     return {name: result[name] for name in programs}
 
 
-def _require(chip: Chip) -> None:
-    if chip.platform == "tpu" and find_spec("libtpu") is None:
+def compiler_version(platform: str = "tpu") -> str:
+    """Name and version of the platform's compiler. Raises CompilerMissing."""
+    _require(platform)
+    package = _PACKAGES[platform]
+    return f"{package} {version(package)}"
+
+
+_PACKAGES = {"tpu": "libtpu", "cuda": "jax-cuda13-plugin"}
+
+
+def _require(platform: str) -> None:
+    if platform == "tpu" and find_spec("libtpu") is None:
         raise CompilerMissing("libtpu is not installed: pip install libtpu==0.0.52 (extra: aot).")
-    if chip.platform == "cuda" and find_spec("jax_cuda13_plugin") is None:
+    if platform == "cuda" and find_spec("jax_cuda13_plugin") is None:
         raise CompilerMissing(
             "The CUDA compiler is not installed: pip install 'jax[cuda13]' absl-py (extra: gpu)."
         )
 
 
-def _lower(program: Program, platform: str) -> bytes:
+def _lower(program: Program, chip: Chip) -> bytes:
     function = program.function
     jitted: Any = function if hasattr(function, "trace") else jax.jit(function)
-    lowered = jitted.trace(*program.shapes).lower(lowering_platforms=(platform,))
+    # Kernels ask the mesh in use which chip they are for; a sharded program brings its own.
+    device = AbstractDevice(chip.kind, 2 if chip.name == "v5p" else 1, chip.platform)
+    here = AbstractMesh((), (), abstract_device=device)
+    with nullcontext() if program.mesh else jax.sharding.use_abstract_mesh(here):
+        lowered = jitted.trace(*program.shapes).lower(lowering_platforms=(chip.platform,))
     module = io.BytesIO()
     lowered.compiler_ir("stablehlo").operation.write_bytecode(module)
     return module.getvalue()
@@ -142,6 +159,7 @@ def _run(
         "TPU_ACCELERATOR_TYPE": "v5litepod-4",  # silences a warning; the topology decides
         "LIBTPU_INIT_ARGS": " ".join(flags),
         "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
+        "XLA_FLAGS": os.environ.get("XLA_FLAGS", "") + " --xla_gpu_autotune_level=0",
         "PYTHONPATH": os.pathsep.join(
             [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
         ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,8 +17,8 @@ from moejax_kernels.chips import Chip
 class Report:
     """A compiled program.
 
-    flops, hbm_bytes, optimal_seconds: the compiler's own estimates. It does not see into loops of
-        unknown length, and counts for a kernel what its author put into `cost_estimate`.
+    flops, hbm_bytes, optimal_seconds: the compiler's own estimates, nan for GPUs. It does not see
+        into loops of unknown length, and counts for a kernel its author's `cost_estimate`.
     memory: bytes per device: arguments, outputs, aliased, temporaries.
     hlo: the optimized program; compiler: its version.
     dumps: name of an HLO op (fusion or kernel) -> text of its bundles and of their use.
@@ -81,7 +82,7 @@ _FINAL = re.compile(r"\d+-(.+)-\d+-final_bundles\.txt")
 _UTILIZATION = re.compile(r"\d+-(.+)-\d+-final_hlo-static-per-bundle-utilization\.txt")
 
 
-def read_report(place: Path, facts: dict, chip: Chip) -> Report:
+def read_report(place: Path, facts: dict, chip: Chip, compiler: str) -> Report:
     """A report from a child's folder."""
     files: dict[str, dict[str, str]] = {}
     for file in (place / "dump").iterdir():
@@ -93,13 +94,18 @@ def read_report(place: Path, facts: dict, chip: Chip) -> Report:
         for name, texts in files.items()
         if len(texts) == 2 and not name.startswith(("TLP", "<"))
     }
+    cost = facts["cost"]
+
+    def estimate(name: str) -> float:
+        return math.nan if cost is None else cost.get(name, 0.0)
+
     return Report(
         chip=chip,
-        flops=facts["cost"].get("flops", 0.0),
-        hbm_bytes=facts["cost"].get("bytes accessed", 0.0),
-        optimal_seconds=facts["cost"].get("optimal_seconds", 0.0),
+        flops=estimate("flops"),
+        hbm_bytes=estimate("bytes accessed"),
+        optimal_seconds=estimate("optimal_seconds"),
         memory=facts["memory"],
-        compiler=facts["compiler"],
+        compiler=compiler,
         hlo=(place / "program.hlo").read_text(),
         dumps=dumps,
     )

@@ -140,3 +140,27 @@ def test_missing_compiler_is_named(monkeypatch):
     monkeypatch.setattr("moejax_kernels.aot.compile.find_spec", lambda name: None)
     with pytest.raises(aot.CompilerMissing, match="libtpu"):
         aot.compile_for(lambda x: x, shape(8, 128))
+    with pytest.raises(aot.CompilerMissing, match="cuda13"):
+        aot.compile_for(lambda x: x, shape(8, 128), chip="h100")
+
+
+@pytest.mark.skipif(
+    find_spec("jax_cuda13_plugin") is None, reason="jax[cuda13] is not installed (extra: gpu)"
+)
+def test_h100():
+    """Catches a GPU program compiled for the CPU of this machine."""
+    half = shape(1024, 1024, dtype=jnp.bfloat16)
+    report = aot.compile_for(lambda x, w: x @ w, half, half, chip="h100")
+    assert "gemm" in report.hlo and report.memory["outputs"] == 2 * 1024**2
+
+
+@needs_libtpu
+def test_a_kernel_that_does_not_lower_is_named():
+    """Catches a batch that ends at the first program JAX itself refuses."""
+    programs = {
+        "wrong": aot.Program(lambda x: x @ x, (shape(8, 128),)),
+        "right": aot.Program(lambda x: x + 1, (shape(8, 128),)),
+    }
+    found = aot.compile_all(programs, chip="v5e", schedules=False, keep_failures=True)
+    assert "wrong does not lower for v5e" in str(found["wrong"])
+    assert found["right"].memory["outputs"] == 8 * 128 * 4

@@ -1,0 +1,121 @@
+"""docs/benchmarks.md from the JSON of the last runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from experiments.benchmarks import bars
+
+_INTRO = """# Benchmarks
+
+Written by `python -m experiments.benchmarks page` from docs/benchmarks/*.json; every table names
+the command that filled it. Shapes, and how group sizes are drawn: `moejax_kernels/shapes.py`.
+"""
+_TPU = """## TPU, without a TPU
+
+**Simulated.** The real TPU compiler compiles each kernel; cycles are the bundles of its final
+schedule times how often they run for the stated group sizes, with the matrix units held to their
+published rate. Modelled time is max(cycles, HBM bytes / bandwidth): waits for memory inside a
+kernel do not show. `bound` is the time of the bytes that any kernel for these operands must move.
+megablox and tokamax: their best tiling of those compiled. Spills are of the inner loop.
+"""
+_CPU = """## CPU
+
+Measured: one process, contenders in turn, median of the ratios within a turn. A layer's experts
+(gate, up, activation, down, weighted sum) from given routes, random weights.
+"""
+
+
+def write(folder: Path, page: Path) -> None:
+    """Writes the page from tpu.json and cpu.json, those that exist; reasons.json explains bars."""
+    reasons = _read(folder / "reasons.json") or {}
+    parts = [_INTRO]
+    if tpu := _read(folder / "tpu.json"):
+        parts += [_TPU, _facts(tpu), bars.table(bars.TPU_BARS, tpu["rows"], reasons)]
+        parts += [_tpu_tables(tpu["rows"]), _whole(tpu["rows"]), _pictures(folder, page)]
+    if cpu := _read(folder / "cpu.json"):
+        parts += [_CPU, _facts(cpu), bars.table(bars.CPU_BARS, cpu["rows"], reasons)]
+        parts += [_cpu_table(cpu["rows"])]
+    page.write_text("\n\n".join(part.strip() for part in parts if part) + "\n")
+
+
+def _read(path: Path) -> Any:
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def _facts(run: Mapping[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
+    missing = "".join(f" {name} was not installed." for name in run.get("missing", ()))
+    return f"`{run['command']}`; {versions}.{missing}"
+
+
+def best(rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Rows with a cost; of a contender with many tilings the fastest."""
+    found: dict[tuple, Mapping[str, Any]] = {}
+    for row in rows:
+        if "modelled" not in row:
+            continue
+        name = str(row["contender"])
+        tiled = name.startswith(("megablox", "tokamax"))
+        key = (row["chip"], row["shape"], row["sizes"], name.split()[0] if tiled else name)
+        if key not in found or row["modelled"] < found[key]["modelled"]:
+            found[key] = row
+    return list(found.values())
+
+
+def _tpu_tables(rows: Iterable[Mapping[str, Any]]) -> str:
+    head = (
+        "| chip | shape | group sizes | contender | cycles | HBM cycles | modelled µs | × bound "
+        "| useful | spills |\n|---|---|---|---|--:|--:|--:|--:|--:|--:|"
+    )
+    lines = [head]
+    for row in best(rows):
+        lines.append(
+            f"| {row['chip']} | {row['shape']} | {row['sizes']} | {row['contender']} "
+            f"| {row['cycles']:,.0f} | {row['hbm_cycles']:,.0f} | {row['microseconds']:,.1f} "
+            f"| {row['over_bound']:.2f} | {row['useful']:.0%} | {row['spills']} |"
+        )
+    return "\n".join(lines)
+
+
+def _whole(rows: Iterable[Mapping[str, Any]]) -> str:
+    lines = [
+        "What XLA makes of a grouped matmul, by the compiler's own estimate, for the worst "
+        "group sizes (a loop of unknown length is not priced):\n",
+        "| chip | shape | contender | estimate µs | flops / useful |\n|---|---|---|--:|--:|",
+    ]
+    for row in rows:
+        if "estimate_microseconds" in row:
+            lines.append(
+                f"| {row['chip']} | {row['shape']} | {row['contender']} "
+                f"| {row['estimate_microseconds']:,.1f} | {row['flops_over_useful']:.1f} |"
+            )
+    return "\n".join(lines) if len(lines) > 2 else ""
+
+
+def _pictures(folder: Path, page: Path) -> str:
+    parts = ["### Schedules\n\nSlots filled per bundle, and regions with executions of one call."]
+    for picture in sorted(folder.glob("*.png")):
+        where = picture.relative_to(page.parent)
+        parts.append(f"![{picture.stem}]({where})")
+        excerpt = picture.with_suffix(".txt")
+        if excerpt.exists():
+            parts.append(f"```\n{excerpt.read_text().strip()}\n```")
+    return "\n\n".join(parts) if len(parts) > 1 else ""
+
+
+def _cpu_table(rows: Iterable[Mapping[str, Any]]) -> str:
+    lines = [
+        "| case | shape | group sizes | contender | ms | over | ratio | compile s |\n"
+        "|---|---|---|---|--:|---|--:|--:|"
+    ]
+    for row in rows:
+        compiled = f"{row['compile_seconds']:.1f}" if row.get("compile_seconds") else ""
+        lines.append(
+            f"| {row['case']} | {row['shape']} | {row['sizes']} | {row['contender']} "
+            f"| {row['milliseconds']:.2f} | {row['over']} | {row['ratio']:.3f} | {compiled} |"
+        )
+    return "\n".join(lines)
