@@ -151,7 +151,7 @@ def _heights(kernel: str, mean: int, inputs: int, chip: Chip) -> tuple[int, ...]
     if chip.size == 256:
         # The latency of the unit, paid per block, is worth some 50 rows; its weights take as long
         # to load as 128 rows take to pass.
-        heights = (576, 512, 352, 256, 128) if mean >= 256 else (256, 192, 128)
+        heights = (544, 512, 384, 256, 128) if mean >= 256 else (256, 192, 128)
     else:
         heights = (352, 256, 192, 128, 64)
     return tuple(h for h in heights if h == heights[-1] or h * inputs <= _CODE // 256)

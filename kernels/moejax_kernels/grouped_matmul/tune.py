@@ -22,6 +22,7 @@ from moejax_kernels.chips import CHIPS, Chip
 from moejax_kernels.grouped_matmul import modelled
 from moejax_kernels.grouped_matmul.blocks import UNIT, cover
 from moejax_kernels.grouped_matmul.cases import case as case_of
+from moejax_kernels.grouped_matmul.pallas_tpu import row_pieces
 from moejax_kernels.grouped_matmul.tiles import (
     Tiles,
     attached_chip,
@@ -32,7 +33,8 @@ from moejax_kernels.shapes import SHAPES, ZIPF, Shape
 
 KERNELS = ("forward", "transposed", "weights")
 MENU = 5  # heights, each of which is code of its own
-TALLEST = 576  # rows of a block
+TALLEST = 544  # rows of a block
+MOST_SUMS = 256 * 144  # float32 sums of a piece of rows; with more, registers spill
 SAMPLES = 2  # draws of group sizes per skew
 
 
@@ -80,6 +82,8 @@ def with_menu(tiles: Tiles, cycles: np.ndarray, shape: Shape) -> Tiles:
     while len(chosen) < MENU:
         priced = []
         for height in range(max(step, tiles.heights[-1]), TALLEST + 1, step):
+            if tiles.unit * max(b - a for a, b in row_pieces(height)) > MOST_SUMS:
+                continue
             tried = tuple(sorted({*chosen, height}, reverse=True))
             blocks_of = cover(tried, ramp, 4 * TALLEST)[units]
             priced.append((float((blocks_of @ (np.asarray(tried) + ramp)).sum()), tried))
