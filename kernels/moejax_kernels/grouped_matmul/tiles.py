@@ -140,7 +140,8 @@ def rule(
     columns = min(fitting[:4], key=lambda columns: -(-outputs // columns) * columns)
     # Loading a tile of weights takes as long as 128 rows take to pass.
     chunk = _chunk(columns, max(heights[0], 128) * inputs * operands, chip)
-    return Tiles(columns, chunk, heights, 48, chip.size, cores, vmem)
+    ramp = 48 if chip.size == 256 else 2
+    return Tiles(columns, chunk, heights, ramp, chip.size, cores, vmem)
 
 
 def _heights(kernel: str, mean: int, inputs: int, chip: Chip) -> tuple[int, ...]:
@@ -153,7 +154,7 @@ def _heights(kernel: str, mean: int, inputs: int, chip: Chip) -> tuple[int, ...]
         # to load as 128 rows take to pass.
         heights = (544, 512, 384, 256, 128) if mean >= 256 else (256, 192, 128)
     else:
-        heights = (352, 256, 192, 128, 64)
+        heights = (352, 272, 256, 144, 128, 64)  # add up to every multiple of UNIT from 384 on
     return tuple(h for h in heights if h == heights[-1] or h * inputs <= _CODE // 256)
 
 
