@@ -36,7 +36,8 @@ def per_platform(
     """What the way of the platform makes of `arrays`: arrays of the shapes `out`.
 
     ways: by platform ("cpu", "tpu", "cuda", "rocm"); `default` for all others. Chosen when the
-        program is lowered. Under vmap the default way runs, on every platform.
+        program is lowered. Under vmap the way of the CPU runs on every platform: kernels that
+        prefetch scalars cannot be mapped.
     arrays: inside shard_map they vary over the same mesh axes (`alike`), and so do the results.
     Not differentiable: put a custom_vjp around it.
     """
@@ -99,8 +100,8 @@ _per_platform.def_impl(
 
 
 def _batch(arrays, axes, *, out, ways):
-    default = dict(ways)[""]
-    results = jax.vmap(default, in_axes=tuple(axes))(*arrays)
+    ways = dict(ways)
+    results = jax.vmap(ways.get("cpu", ways[""]), in_axes=tuple(axes))(*arrays)
     return list(results), [0] * len(results)
 
 

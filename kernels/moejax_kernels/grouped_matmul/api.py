@@ -88,10 +88,11 @@ def grouped_matmul_of(
         raise ValueError("pallas_tpu wants a plain array; use 'xla', which decodes other formats.")
     if backend is None and not plain:
         backend = "xla"
+    chosen: str | PlatformBest | None = backend
     if backend is None:
         # ragged_dot is masked dense on CPU: E times the flops. It is fast on some GPUs.
-        backend = PlatformBest(tpu="pallas_tpu", default="ragged_dot" if whole else "xla")
-    return _dispatch(backend, expert, columns, x_RxK, leaves, group_sizes_G, group_offset)
+        chosen = PlatformBest(tpu="pallas_tpu", default="ragged_dot" if whole else "xla")
+    return _dispatch(chosen, expert, columns, x_RxK, leaves, group_sizes_G, group_offset)
 
 
 class PlatformBest(NamedTuple):

@@ -30,7 +30,7 @@ def case(kernel: str, shape: Shape, tiles: Tiles) -> aot.Case:
         name=NAMES[kernel],
         shape=shape,
         program=modelled.program(kernel, shape, tiles),
-        kernel="grouped_matmul",
+        kernel="grouped_matmul_dw" if kernel == "weights" else "grouped_matmul",
         counts=partial(modelled.counts, kernel, shape, tiles),
         hbm_bytes=partial(modelled.traffic, kernel, shape, tiles),
         least_bytes=partial(aot.least_bytes, shape, bytes_per_weight=2),

@@ -26,7 +26,7 @@ def plan(kernel: str, tiles: Tiles, sizes: np.ndarray) -> Blocks:
         tiles.ramp,
         visit_empty=kernel == "weights",
     )
-    return Blocks(*map(np.asarray, found))
+    return jax.tree.map(np.asarray, found)
 
 
 def compute_regions(schedule: aot.Schedule) -> list[aot.Region]:

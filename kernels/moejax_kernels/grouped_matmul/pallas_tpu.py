@@ -58,7 +58,7 @@ def forward(
     columns = weights[0].shape[1 if transposed else 2]
     if 0 in (rows, inputs, columns, weights[0].shape[0]):
         return jnp.zeros((rows, columns), x_RxK.dtype)
-    x_RxK, (*weights,) = on_chip(x_RxK), map(on_chip, weights)
+    x_RxK, weights = on_chip(x_RxK), tuple(map(on_chip, weights))
     if tiles is None:
         groups = group_sizes_G.shape[0]
         tiles = tiles_for(

@@ -102,7 +102,7 @@ def table_key(kernel, rows, inputs, outputs, groups, dtype, operands) -> str:
 @cache
 def table(chip: str) -> dict[str, dict]:
     """The chip's tuned entries, empty where it has none."""
-    file = resources.files(__package__) / "tuned" / f"{chip}.json"
+    file = resources.files("moejax_kernels.grouped_matmul") / "tuned" / f"{chip}.json"
     return json.loads(file.read_text()) if file.is_file() else {}
 
 
@@ -124,10 +124,9 @@ def rule(
     budget = vmem * 7 // 8  # the compiler wants some for itself
     heights = _heights(kernel, rows // groups, inputs, chip)
     narrowest = min(outputs, 2 * LANES)
-    while len(heights) > 1 and budget < _bytes(
-        kernel, heights[0], inputs, narrowest, size, operands
-    ):
-        heights = heights[1:]
+    for tallest in heights[:-1]:
+        if _bytes(kernel, tallest, inputs, narrowest, size, operands) > budget:
+            heights = heights[1:]
 
     def fits(columns: int) -> bool:
         return _bytes(kernel, heights[0], inputs, columns, size, operands) <= budget
@@ -141,7 +140,8 @@ def rule(
     columns = min(fitting[:4], key=lambda columns: -(-outputs // columns) * columns)
     # Loading a tile of weights takes as long as 128 rows take to pass.
     chunk = _chunk(columns, max(heights[0], 128) * inputs * operands, chip)
-    return Tiles(columns, chunk, heights, 48, chip.size, cores, vmem)
+    ramp = 48 if chip.size == 256 else 2
+    return Tiles(columns, chunk, heights, ramp, chip.size, cores, vmem)
 
 
 def _heights(kernel: str, mean: int, inputs: int, chip: Chip) -> tuple[int, ...]:
@@ -152,13 +152,13 @@ def _heights(kernel: str, mean: int, inputs: int, chip: Chip) -> tuple[int, ...]
     if chip.size == 256:
         # The latency of the unit, paid per block, is worth some 50 rows; its weights take as long
         # to load as 128 rows take to pass.
-        heights = (576, 512, 352, 256, 128) if mean >= 256 else (256, 192, 128)
+        heights = (544, 512, 384, 256, 128) if mean >= 256 else (256, 192, 128)
     else:
-        heights = (352, 256, 192, 128, 64)
+        heights = (352, 272, 256, 144, 128, 64)  # add up to every multiple of UNIT from 384 on
     return tuple(h for h in heights if h == heights[-1] or h * inputs <= _CODE // 256)
 
 
-_CODE = 1 << 30  # multiply-adds of one straight-line matmul: four thousand cycles on v6e
+_CODE = 1 << 30  # multiply-adds of one straight-line matmul; compile time grows faster than code
 
 
 def _bytes(kernel: str, height: int, inputs: int, columns: int, size: int, operands: int) -> int:
@@ -172,7 +172,7 @@ def _bytes(kernel: str, height: int, inputs: int, columns: int, size: int, opera
 def _chunk(columns: int, work_per_column: int, chip: Chip) -> int:
     """The width that passes over the columns fastest, among those of bounded code."""
     # A unit of side 128 is busy for so long that restarting it costs nothing.
-    limit = max(2 * LANES, _CODE * chip.size**2 // 256**2 // work_per_column)
+    limit = max(2 * LANES, _CODE * 5 // 8 * chip.size**2 // 256**2 // work_per_column)
     ramp = 1 + (1 << 26) // work_per_column  # in columns: about 250 cycles
 
     def cost(chunk: int) -> int:

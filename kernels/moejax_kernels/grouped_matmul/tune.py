@@ -22,6 +22,7 @@ from moejax_kernels.chips import CHIPS, Chip
 from moejax_kernels.grouped_matmul import modelled
 from moejax_kernels.grouped_matmul.blocks import UNIT, cover
 from moejax_kernels.grouped_matmul.cases import case as case_of
+from moejax_kernels.grouped_matmul.pallas_tpu import row_pieces
 from moejax_kernels.grouped_matmul.tiles import (
     Tiles,
     attached_chip,
@@ -32,7 +33,8 @@ from moejax_kernels.shapes import SHAPES, ZIPF, Shape
 
 KERNELS = ("forward", "transposed", "weights")
 MENU = 5  # heights, each of which is code of its own
-TALLEST = 576  # rows of a block
+TALLEST = 544  # rows of a block
+MOST_SUMS = 256 * 144  # float32 sums of a piece of rows; with more, registers spill
 SAMPLES = 2  # draws of group sizes per skew
 
 
@@ -49,15 +51,6 @@ def price(case: aot.Case, schedule: aot.Schedule) -> float:
         counts, traffic = case.counts(schedule, sizes), case.hbm_bytes(sizes)
         priced.append(aot.cost(schedule, counts, hbm_bytes=traffic).modelled)
     return float(np.mean(priced))
-
-
-def candidates(kernel: str, shape: Shape, chip: Chip) -> list[Tiles]:
-    """The rule's tiles, and twice the straight-line code: a longer compile, fewer restarts."""
-    start = rule(
-        kernel, shape.rows, *modelled.sides(kernel, shape), shape.experts, jnp.bfloat16, chip=chip
-    )
-    longer = start._replace(chunk=2 * start.chunk)
-    return [start, longer] if start.columns % longer.chunk == 0 else [start]
 
 
 def block_cycles(schedule: aot.Schedule) -> np.ndarray:
@@ -89,6 +82,8 @@ def with_menu(tiles: Tiles, cycles: np.ndarray, shape: Shape) -> Tiles:
     while len(chosen) < MENU:
         priced = []
         for height in range(max(step, tiles.heights[-1]), TALLEST + 1, step):
+            if tiles.unit * max(b - a for a, b in row_pieces(height)) > MOST_SUMS:
+                continue
             tried = tuple(sorted({*chosen, height}, reverse=True))
             blocks_of = cover(tried, ramp, 4 * TALLEST)[units]
             priced.append((float((blocks_of @ (np.asarray(tried) + ramp)).sum()), tried))
@@ -116,9 +111,13 @@ def tune(kernel: str, shape: Shape, chip: Chip) -> tuple[Tiles, float]:
             found.append((value, tiles, schedule))
         return sorted(found, key=lambda entry: entry[0])
 
-    value, tiles, schedule = ranked(candidates(kernel, shape, chip))[0]
-    tried = with_menu(tiles, block_cycles(schedule), shape)
-    better = ranked([tried]) if tried != tiles else []
+    sides = modelled.sides(kernel, shape)
+    start = rule(kernel, shape.rows, *sides, shape.experts, jnp.bfloat16, chip=chip)
+    shorter = start._replace(chunk=start.chunk // 2)
+    tried = [start] if shorter.chunk % chip.size else [start, shorter]
+    value, tiles, schedule = ranked(tried)[0]
+    refined = with_menu(tiles, block_cycles(schedule), shape)
+    better = ranked([refined]) if refined != tiles else []
     if better and better[0][0] < value:
         value, tiles, _ = better[0]
     return tiles, value
