@@ -139,7 +139,7 @@ def test_kernel_is_exact(bits):
     close(kernel(x, experts, SIZES, bits=bits), oracle(x, experts, SIZES), 2e-5)
 
 
-@pytest.mark.parametrize(("bits", "activation_bits"), [(4, 8), (3, 16), (8, 16), (2, 8)])
+@pytest.mark.parametrize(("bits", "activation_bits"), [(4, 8), (3, 16), (8, 16), (2, 24)])
 def test_integer_activations(bits, activation_bits):
     """Catches digits of x weighed wrongly, and rounding coarser than a step per row."""
     experts = bank(bits, 256, 128, 128, "uint8" if bits == 4 else None, rank=2)
@@ -150,7 +150,9 @@ def test_integer_activations(bits, activation_bits):
         x, *experts[1:4], SIZES, addend=experts.addend, backend="reference", **options
     )
     close(y, np.float64(same), 2e-5)
-    step = np.abs(x).max(1, keepdims=True) / {8: 127, 16: 127 * 257}[activation_bits]
+    step = (
+        np.abs(x).max(1, keepdims=True) / {8: 127, 16: 127 * 257, 24: 127 * 65793}[activation_bits]
+    )
     # Rounding errors are independent, half a step at most: six standard deviations of their sum.
     spread = np.sqrt((experts.matrices() ** 2).sum(1).max()) * step / np.sqrt(12)
     assert (np.abs(y - oracle(x, experts, SIZES)) < 6 * spread + 1e-3).all()
@@ -289,6 +291,6 @@ def test_compiles_for_every_tpu(chip):
             call, jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), arrays)
         )
 
-    options = [(4, "uint8", 0, None), (3, None, 8, None), (8, None, 0, 16), (2, None, 0, 8)]
+    options = [(4, "uint8", 0, None), (3, None, 8, None), (8, None, 0, 16), (2, None, 0, 24)]
     reports = aot.compile_all({str(o): program(*o) for o in options}, chip=chip)
     assert all(report.kernel("quantized_grouped_matmul").root for report in reports.values())

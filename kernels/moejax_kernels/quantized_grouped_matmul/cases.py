@@ -43,7 +43,7 @@ VARIANTS = (
     Variant(4, zeros=True),
     Variant(3, rank=32),
     *(Variant(bits, activation_bits=8) for bits in (4, 3, 2)),
-    *(Variant(bits, activation_bits=16) for bits in (3, 2)),
+    *(Variant(bits, activation_bits=wide) for bits in (3, 2) for wide in (16, 24)),
 )
 
 
@@ -110,7 +110,7 @@ def _activation_bytes(shape: Shape, variant: Variant) -> float:
     tiles = _tiles(shape, variant)
     assert tiles is not None
     rows = pallas_tpu.padded_rows(shape.rows, tiles.rows)
-    digits = 1 if variant.activation_bits == 8 else 2  # bytes of a value
+    digits = (variant.activation_bits or 16) // 8  # bytes of a value
     sums = 4 * pallas_tpu.SUMS * shape.inputs // GROUP * (2 if variant.zeros else 1)
     natural = 2 * shape.inputs if variant.rank else 0
     return float(rows * (digits * shape.inputs + sums + natural) + 2 * shape.rows * shape.outputs)

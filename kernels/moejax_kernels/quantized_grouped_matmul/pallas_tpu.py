@@ -11,7 +11,7 @@ with sums[m, g] those of x over group g, and much[m, g] those of x times what th
 much. The small products take and give float32, as sums over bfloat16 digits. Where a pass of
 `depth` inputs through the matrix unit spans several groups, x is stacked, once per group with zeros
 outside it: the weights still pass once. A float32 x is stacked as two bfloat16 digits, a 16-bit
-integer x as two int8 digits.
+integer x as two int8 digits, one of 24 bits as three.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ def tiling(rows: int, inputs: int, columns: int, experts: int, groups: int, bits
     trip = max((t for t in fits if t % group == 0 or group % t == 0), default=None)
     if columns % LANES or trip is None or (group % depth and depth % group):
         return None
-    mean = max(1, rows // experts)
-    height = min(MOST_ROWS, max(SUBLANES, 1 << (mean - 1).bit_length()))
+    usual = max(1, rows * 3 // (2 * experts))  # rows of an expert; few have more
+    height = min(MOST_ROWS, max(SUBLANES, 1 << (usual - 1).bit_length()))
     for width in (1024, 512, 256, 128):
         tiles = Tiling(height, width, depth, trip)
         if columns % width == 0 and _vmem(tiles, rows, inputs, columns, groups, bits) <= VMEM:
@@ -138,9 +138,10 @@ def _operand(x_RxK, bits, activation_bits, leaves: Leaves, tiles) -> Operand:
     else:
         codes, step = quantize_rows(x_RxK, activation_bits)
         exact = codes.astype(jnp.float32)
-        low = (codes + 128 & 255) - 128
-        digits = [codes] if activation_bits == 8 else [(codes - low) // 256, low]
-        digits = [digit.astype(jnp.int8) for digit in digits]
+        digits = []
+        for _ in range(activation_bits // 8):
+            digits.insert(0, ((codes + 128 & 255) - 128).astype(jnp.int8))
+            codes = codes - digits[0] >> 8
     order = planes.order(bits, digits[0].dtype.name)
     size, trips = order.inputs.size, inputs // tiles.trip
     values = pad(jnp.stack(digits)).reshape(len(digits), padded, inputs // size, size)
@@ -293,8 +294,10 @@ def _kernel(
     digits, trips = values_ref.shape[:2]
     dtype = values_ref.dtype
     groups = scale_ref.shape[1]
-    piece = min(trip, trips * trip // groups)  # inputs that share a scale within a trip
+    group = trips * trip // groups
+    piece = min(trip, group)  # inputs that share a scale within a trip
     narrow = min(width, COLUMNS)
+    radix = 1 if dtype == jnp.bfloat16 else 256
 
     @pl.when((n == 0) & (v == 0))
     def _():
@@ -345,11 +348,12 @@ def _kernel(
                 product, whole[j] = whole[j].astype(jnp.float32), None
                 for s in range(stacked):
                     local = c * depth // piece + s
-                    g = (t * trip + local * piece) * groups // (trips * trip)
+                    first = t * trip + local * piece
+                    g = lax.div(first, group) if isinstance(first, Array) else first // group
                     of_group = product[s * M : (s + 1) * M]
-                    if digits == 2:
-                        low = product[(stacked + s) * M : (stacked + s + 1) * M]
-                        of_group = of_group * (1 if dtype == jnp.bfloat16 else 256) + low
+                    for d in range(1, digits):
+                        at = (d * stacked + s) * M
+                        of_group = of_group * radix + product[at : at + M]
                     y_[j] += of_group * scale_wide[pl.ds(g, 1), columns]
         return tuple(y_)
 
