@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache, partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -253,8 +253,8 @@ def test_low_rank_experts():
 def test_wrong_calls_say_what_is_wrong():
     """Catches shapes that broadcast into a wrong answer, and a backend that cannot take them."""
     experts, x = bank(3, 64, 24, 32), normal(18, 64)
-    call = partial(quantized_grouped_matmul, x, group_sizes_G=SIZES, bits=3)
-    good = {"words": experts.words, "scale": experts.scale, "zero": None}
+    good: dict[str, Any] = {"words": experts.words, "scale": experts.scale, "zero": None}
+    good |= {"group_sizes_G": SIZES, "bits": 3}
     for wrong, says in (
         ({"bits": 9}, "bits = 9"),
         ({"words": experts.words[:, :-3]}, "disagree on K"),
@@ -268,7 +268,7 @@ def test_wrong_calls_say_what_is_wrong():
         ({"backend": "pallas_tpu"}, "columns in 128s"),
     ):
         with pytest.raises(ValueError, match=says):
-            call(**good | wrong)
+            quantized_grouped_matmul(x, **good | wrong)
 
 
 @pytest.mark.parametrize("chip", ["v5e", "v5p", "v6e", "tpu7x"])

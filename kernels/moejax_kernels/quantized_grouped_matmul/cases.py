@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +43,7 @@ VARIANTS = (
     Variant(4, zeros=True),
     Variant(3, rank=32),
     *(Variant(bits, activation_bits=8) for bits in (4, 3, 2)),
-    *(Variant(bits, activation_bits=wide) for bits in (3, 2) for wide in (16, 24)),
+    *(Variant(bits, activation_bits=wide) for bits in (4, 3, 2) for wide in (16, 24)),
 )
 
 
@@ -59,7 +59,7 @@ def tpu(shape: Shape, chip: Chip) -> Iterator[aot.Case]:
 def case(shape: Shape, variant: Variant) -> aot.Case:
     """One variant at one shape: bfloat16 rows, float16 scales, uint8 zeros, bfloat16 factors."""
     experts, groups = shape.experts, shape.inputs // GROUP
-    array = jax.ShapeDtypeStruct
+    array: Any = jax.ShapeDtypeStruct
     scales = (experts, groups, shape.outputs)
     leaves = Leaves(
         array((experts, shape.inputs * variant.bits // WORD, shape.outputs), jnp.uint32),

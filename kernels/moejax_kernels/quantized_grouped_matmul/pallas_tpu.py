@@ -17,7 +17,8 @@ integer x as two int8 digits, one of 24 bits as three.
 from __future__ import annotations
 
 import itertools
-from functools import partial
+from functools import partial, reduce
+from operator import add
 from typing import NamedTuple
 
 import jax
@@ -134,7 +135,7 @@ def _operand(x_RxK, bits, activation_bits, leaves: Leaves, tiles) -> Operand:
     floats = _digits(x_RxK, 1 if x_RxK.dtype == jnp.bfloat16 else 2)
     if activation_bits is None:
         digits, step = floats, None
-        exact = sum(digit.astype(jnp.float32) for digit in digits)
+        exact = jnp.stack(digits).astype(jnp.float32).sum(0)
     else:
         codes, step = quantize_rows(x_RxK, activation_bits)
         exact = codes.astype(jnp.float32)
@@ -388,13 +389,14 @@ def _small_product(left: list[Array], right: list[Array], transposed: bool = Fal
     rows = left[0].shape[0]
     stacked = jnp.concatenate([digit.astype(jnp.float32) for digit in left], 0)
     contract = (((1,), (1 if transposed else 0,)), ((), ()))
-    product = sum(
-        lax.dot_general(
-            stacked.astype(jnp.bfloat16), digit, contract, preferred_element_type=jnp.float32
-        )
-        for digit in right
+    multiply = partial(
+        lax.dot_general,
+        stacked.astype(jnp.bfloat16),
+        dimension_numbers=contract,
+        preferred_element_type=jnp.float32,
     )
-    return sum(product[i : i + rows] for i in range(0, product.shape[0], rows))
+    product = reduce(add, [multiply(digit) for digit in right])
+    return reduce(add, [product[i : i + rows] for i in range(0, product.shape[0], rows)])
 
 
 def _factor(ref) -> list[Array]:
