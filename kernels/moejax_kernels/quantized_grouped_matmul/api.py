@@ -42,9 +42,11 @@ def quantized_grouped_matmul(
     group_sizes_G: integers, G >= 1 groups; may be traced.
     group_offset: the experts are groups [group_offset, group_offset + E); may be traced.
     addend: (u [E, K, r], v [E, r, N]), floats: a low-rank term (MiLo, arXiv:2504.02658).
-    activation_bits: None multiplies x as it is. 8 or 16 round every row of x to integers with one
-        step per row (maximum / 127, or / 32639: two int8 digits), so that integer matrix units
-        can be used; the low-rank term sees x unrounded. Gradients go straight through the rounding.
+    activation_bits: None multiplies x as it is. 8, 16 or 24 round every row of x to integers with
+        one step per row (its maximum / 127, / 32639 or / 8355711: one to three int8 digits), so
+        that integer matrix units can be used; an element is off by half a step at most, which at
+        24 bits is less than float32 sums lose. The low-rank term sees x unrounded. Gradients go
+        straight through the rounding.
     backend: None for the platform's best, else one of BACKENDS.
     Returns [R, N] in x's dtype, accumulated in float32; rows of groups without an expert here and
     rows beyond sum(group_sizes) are zero. Differentiable in x, scale, a float zero and the addend,

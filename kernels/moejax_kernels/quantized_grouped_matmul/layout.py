@@ -55,7 +55,7 @@ def layout(bits: int) -> Layout:
     common = math.gcd(bits, 8)
     words, codes = bits // common, 8 // common
     whole, spare = divmod(8, bits)
-    fragments = [
+    fragments: list[tuple[Fragment, ...]] = [
         (Fragment(word, bits * i, bits, 0),) for word in range(words) for i in range(whole)
     ]
     strung = [(word, 8 - spare + bit) for word in range(words) for bit in range(spare)]

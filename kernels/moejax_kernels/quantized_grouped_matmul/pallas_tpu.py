@@ -1,7 +1,7 @@
 """Decode on a TPU: a few rows per expert, the bank streamed once, multiplied as it was packed.
 
-The grid walks the experts that have rows, for each tile of columns. A step holds all inputs of one
-expert's tile, so that every output is written once; x and a tile's output columns stay in VMEM.
+The grid walks blocks of rows, expert after expert, and in each the tiles of columns. A step holds
+all inputs of a tile, so that every output is made once; x and the whole output stay in VMEM.
 Weights are never scaled: each group of inputs gives a partial product of raw codes (`planes`), and
 the scale is applied to its few rows; what the codes have too much leaves with a small product:
 
@@ -11,13 +11,14 @@ with sums[m, g] those of x over group g, and much[m, g] those of x times what th
 much. The small products take and give float32, as sums over bfloat16 digits. Where a pass of
 `depth` inputs through the matrix unit spans several groups, x is stacked, once per group with zeros
 outside it: the weights still pass once. A float32 x is stacked as two bfloat16 digits, a 16-bit
-integer x as two int8 digits.
+integer x as two int8 digits, one of 24 bits as three.
 """
 
 from __future__ import annotations
 
 import itertools
-from functools import partial
+from functools import partial, reduce
+from operator import add
 from typing import NamedTuple
 
 import jax
@@ -58,20 +59,20 @@ def tiling(rows: int, inputs: int, columns: int, experts: int, groups: int, bits
     trip = max((t for t in fits if t % group == 0 or group % t == 0), default=None)
     if columns % LANES or trip is None or (group % depth and depth % group):
         return None
-    mean = max(1, rows // experts)
-    height = min(MOST_ROWS, max(SUBLANES, 1 << (mean - 1).bit_length()))
+    usual = max(1, rows * 3 // (2 * experts))  # rows of an expert; few have more
+    height = min(MOST_ROWS, max(SUBLANES, 1 << (usual - 1).bit_length()))
     for width in (1024, 512, 256, 128):
         tiles = Tiling(height, width, depth, trip)
-        if columns % width == 0 and _vmem(tiles, rows, inputs, groups, bits) <= VMEM:
+        if columns % width == 0 and _vmem(tiles, rows, inputs, columns, groups, bits) <= VMEM:
             return tiles
     return None
 
 
-def _vmem(tiles: Tiling, rows: int, inputs: int, groups: int, bits: int) -> int:
+def _vmem(tiles: Tiling, rows: int, inputs: int, columns: int, groups: int, bits: int) -> int:
     """Bytes of VMEM, from above: two buffers of each block; x and sums as 32-bit numbers too."""
     bank = 2 * tiles.columns * (inputs * bits // 8 + 5 * groups) + 4 * tiles.columns * groups
     stacked = max(1, tiles.depth * groups // inputs)
-    x = (rows + 64) * (inputs * 16 + groups * 48 + tiles.columns * 12)
+    x = (rows + 64) * (inputs * 16 + groups * 48 + columns * 12)
     return bank + x + 4 * tiles.rows * stacked * inputs
 
 
@@ -126,7 +127,7 @@ class Operand(NamedTuple):
 def _operand(x_RxK, bits, activation_bits, leaves: Leaves, tiles) -> Operand:
     rows, inputs = x_RxK.shape
     groups = leaves.scale.shape[1]
-    padded = _round_up(_round_up(rows, SUBLANES) + tiles.rows, 32)
+    padded = padded_rows(rows, tiles.rows)
 
     def pad(values):
         return jnp.pad(values, [(0, 0)] * (values.ndim - 2) + [(0, padded - rows), (0, 0)])
@@ -134,13 +135,14 @@ def _operand(x_RxK, bits, activation_bits, leaves: Leaves, tiles) -> Operand:
     floats = _digits(x_RxK, 1 if x_RxK.dtype == jnp.bfloat16 else 2)
     if activation_bits is None:
         digits, step = floats, None
-        exact = sum(digit.astype(jnp.float32) for digit in digits)
+        exact = jnp.stack(digits).astype(jnp.float32).sum(0)
     else:
         codes, step = quantize_rows(x_RxK, activation_bits)
         exact = codes.astype(jnp.float32)
-        low = (codes + 128 & 255) - 128
-        digits = [codes] if activation_bits == 8 else [(codes - low) // 256, low]
-        digits = [digit.astype(jnp.int8) for digit in digits]
+        digits = []
+        for _ in range(activation_bits // 8):
+            digits.insert(0, ((codes + 128 & 255) - 128).astype(jnp.int8))
+            codes = codes - digits[0] >> 8
     order = planes.order(bits, digits[0].dtype.name)
     size, trips = order.inputs.size, inputs // tiles.trip
     values = pad(jnp.stack(digits)).reshape(len(digits), padded, inputs // size, size)
@@ -164,6 +166,11 @@ def _operand(x_RxK, bits, activation_bits, leaves: Leaves, tiles) -> Operand:
         None if leaves.u is None else pad(jnp.stack(floats)),
         None if step is None else pad(step),
     )
+
+
+def padded_rows(rows: int, height: int) -> int:
+    """Rows of x in the kernel: a block of `height` rows may start at the last, and overhang it."""
+    return _round_up(_round_up(rows, SUBLANES) + height, 32)
 
 
 def _round_up(value: int, multiple: int) -> int:
@@ -213,11 +220,8 @@ def _call(x: Operand, leaves: Leaves, steps: Steps, bits, tiles, rows, out_dtype
     groups = leaves.scale.shape[1]
     stacked = max(1, tiles.depth * groups // (trips * per_trip))
 
-    def of_expert(n, v, expert, row, end):
+    def of_expert(v, n, expert, *_):
         return expert[v], 0, n
-
-    def of_columns(n, v, *_):
-        return 0, n
 
     def whole(array):
         return pl.BlockSpec(array.shape, lambda *_: (0,) * array.ndim)
@@ -231,26 +235,29 @@ def _call(x: Operand, leaves: Leaves, steps: Steps, bits, tiles, rows, out_dtype
     specs = [None if a is None else whole(a) for a in x]
     specs += [None if a is None else bank(a) for a in operands[len(x) :]]
     if u_ErK is not None:
-        specs[-2] = pl.BlockSpec((1, *u_ErK.shape[1:]), lambda n, v, expert, *_: (expert[v], 0, 0))
+        specs[-2] = pl.BlockSpec((1, *u_ErK.shape[1:]), lambda v, n, expert, *_: (expert[v], 0, 0))
     wide = jnp.float32 if x.values.dtype == jnp.bfloat16 else jnp.int32
     return pl.pallas_call(
         partial(_kernel, bits=bits, tiles=tiles, stacked=stacked),
         out_shape=jax.ShapeDtypeStruct((rows, columns), out_dtype),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
-            grid=(columns // tiles.columns, jnp.maximum(steps.count, 1)),
+            grid=(jnp.maximum(steps.count, 1), columns // tiles.columns),
             in_specs=specs,
-            out_specs=pl.BlockSpec((rows, tiles.columns), of_columns),
+            out_specs=pl.BlockSpec((rows, columns), lambda *_: (0, 0)),
             scratch_shapes=[
                 pltpu.VMEM((digits, trips, padded, per_trip), wide),
                 None if x.natural is None else pltpu.VMEM(x.natural.shape, jnp.float32),
                 pltpu.VMEM((trips, digits * stacked * tiles.rows, per_trip), x.values.dtype),
-                pltpu.VMEM((padded, tiles.columns), jnp.float32),
+                None if u_ErK is None else pltpu.VMEM((tiles.rows, u_ErK.shape[1]), jnp.float32),
+                pltpu.VMEM((columns // tiles.columns, padded, tiles.columns), jnp.float32),
                 pltpu.VMEM((groups, tiles.columns), jnp.float32),
             ],
         ),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("arbitrary", "arbitrary"), vmem_limit_bytes=VMEM + 2**23
+            dimension_semantics=("arbitrary", "arbitrary"),
+            vmem_limit_bytes=VMEM + 2**23,
+            disable_bounds_checks=True,  # blocks end in the padding of x by construction
         ),
         name="quantized_grouped_matmul",
         interpret=interpret,
@@ -275,6 +282,7 @@ def _kernel(
     x_wide,
     natural_wide,
     x_block,
+    h_block,
     y_wide,
     scale_wide,
     *,
@@ -283,33 +291,42 @@ def _kernel(
     stacked: int,
 ):
     M, width, depth, trip = tiles
-    n, v = pl.program_id(0), pl.program_id(1)
+    v, n = pl.program_id(0), pl.program_id(1)
     digits, trips = values_ref.shape[:2]
     dtype = values_ref.dtype
     groups = scale_ref.shape[1]
-    piece = min(trip, trips * trip // groups)  # inputs that share a scale within a trip
+    group = trips * trip // groups
+    piece = min(trip, group)  # inputs that share a scale within a trip
     narrow = min(width, COLUMNS)
+    radix = 1 if dtype == jnp.bfloat16 else 256
 
     @pl.when((n == 0) & (v == 0))
     def _():
         x_wide[...] = values_ref[...].astype(x_wide.dtype)
         if natural_ref is not None:
             natural_wide[...] = natural_ref[...].astype(jnp.float32)
-
-    @pl.when(v == 0)
-    def _():
         y_wide[...] = jnp.zeros_like(y_wide)
 
     scale = _to_float32(scale_ref[0])
     scale_wide[...] = scale
     row = row_ref[v]
-    for d in range(digits):
-        for t in range(trips):
-            x = _load_rows(x_wide.at[d, t], row, M)
-            for s in range(stacked):
-                chosen = jnp.where(group_ref[...] == s, x, 0) if stacked > 1 else x
-                at = (d * stacked + s) * M
-                x_block[t, at : at + M] = chosen.astype(dtype)
+
+    def take_rows():
+        for d in range(digits):
+            for t in range(trips):
+                x = _load_rows(x_wide.at[d, t], row, M)
+                for s in range(stacked):
+                    chosen = jnp.where(group_ref[...] == s, x, 0) if stacked > 1 else x
+                    at = (d * stacked + s) * M
+                    x_block[t, at : at + M] = chosen.astype(dtype)
+        if natural_ref is not None:
+            x = [_load_rows(digit, row, M) for digit in _each(natural_wide)]
+            h_block[...] = _small_product(x, _factor(u_ref), transposed=True)
+
+    if y_wide.shape[0] == 1:  # without a guard it overlaps the products
+        take_rows()
+    else:
+        pl.when(n == 0)(take_rows)
 
     def of_trip(t, y_):
         """y_: for each `narrow` columns, the sum so far."""
@@ -332,11 +349,12 @@ def _kernel(
                 product, whole[j] = whole[j].astype(jnp.float32), None
                 for s in range(stacked):
                     local = c * depth // piece + s
-                    g = (t * trip + local * piece) * groups // (trips * trip)
+                    first = t * trip + local * piece
+                    g = lax.div(first, group) if isinstance(first, Array) else first // group
                     of_group = product[s * M : (s + 1) * M]
-                    if digits == 2:
-                        low = product[(stacked + s) * M : (stacked + s + 1) * M]
-                        of_group = of_group * (1 if dtype == jnp.bfloat16 else 256) + low
+                    for d in range(1, digits):
+                        at = (d * stacked + s) * M
+                        of_group = of_group * radix + product[at : at + M]
                     y_[j] += of_group * scale_wide[pl.ds(g, 1), columns]
         return tuple(y_)
 
@@ -356,15 +374,14 @@ def _kernel(
     if step_ref is not None:
         y = y * _load_rows(step_ref, row, M)
     if u_ref is not None:
-        x = [_load_rows(digit, row, M) for digit in _each(natural_wide)]
-        h = _small_product(x, _factor(u_ref), transposed=True)
-        y += _small_product(_digits(h, 2), _factor(v_ref))
+        y += _small_product(_digits(h_block[...], 2), _factor(v_ref))
     inside = lax.broadcasted_iota(jnp.int32, (M, width), 0) < end_ref[v] - row
-    _store_rows(y_wide, row, jnp.where(inside, y, 0))
+    _store_rows(y_wide.at[n], row, jnp.where(inside, y, 0))
 
-    @pl.when(v == pl.num_programs(1) - 1)
+    @pl.when(v == pl.num_programs(0) - 1)
     def _():
-        out_ref[...] = y_wide[: out_ref.shape[0]].astype(out_ref.dtype)
+        columns = pl.ds(pl.multiple_of(n * width, LANES), width)
+        out_ref[:, columns] = y_wide[n, : out_ref.shape[0]].astype(out_ref.dtype)
 
 
 def _small_product(left: list[Array], right: list[Array], transposed: bool = False) -> Array:
@@ -372,13 +389,14 @@ def _small_product(left: list[Array], right: list[Array], transposed: bool = Fal
     rows = left[0].shape[0]
     stacked = jnp.concatenate([digit.astype(jnp.float32) for digit in left], 0)
     contract = (((1,), (1 if transposed else 0,)), ((), ()))
-    product = sum(
-        lax.dot_general(
-            stacked.astype(jnp.bfloat16), digit, contract, preferred_element_type=jnp.float32
-        )
-        for digit in right
+    multiply = partial(
+        lax.dot_general,
+        stacked.astype(jnp.bfloat16),
+        dimension_numbers=contract,
+        preferred_element_type=jnp.float32,
     )
-    return sum(product[i : i + rows] for i in range(0, product.shape[0], rows))
+    product = reduce(add, [multiply(digit) for digit in right])
+    return reduce(add, [product[i : i + rows] for i in range(0, product.shape[0], rows)])
 
 
 def _factor(ref) -> list[Array]:

@@ -10,7 +10,8 @@ from jax import Array
 from moejax_kernels.grouped_matmul import reference as dense
 from moejax_kernels.quantized_grouped_matmul.layout import unpack_codes
 
-STEPS = {8: 127, 16: 127 * 257}  # largest integer of an activation; 16 bits are two int8 digits
+# Largest integer of an activation: one, two or three int8 digits of up to 127.
+STEPS = {8: 127, 16: 127 * 257, 24: 127 * 65793}
 
 
 class Leaves(NamedTuple):

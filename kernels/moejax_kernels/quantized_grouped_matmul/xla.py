@@ -45,4 +45,5 @@ def forward(
 
 
 def _low_rank(leaves: Leaves) -> Array:
+    assert leaves.u is not None and leaves.v is not None
     return jnp.matmul(leaves.u.astype(jnp.float32), leaves.v.astype(jnp.float32))
