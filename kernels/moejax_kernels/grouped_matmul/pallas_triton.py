@@ -126,8 +126,8 @@ def _forward_kernel(
                 w = triton.load(w_ref.at[expert, at_inputs, at_columns], mask=mask, other=0)
             return sum_HxW + _dot(x, w)
 
-        steps = jnp.where(expert < 0, 0, -(-inputs // DEPTH))
-        y = lax.fori_loop(0, steps, add, jnp.zeros((height, width), jnp.float32))
+        steps = jnp.where(expert < 0, jnp.int32(0), jnp.int32(-(-inputs // DEPTH)))
+        y = lax.fori_loop(jnp.int32(0), steps, add, jnp.zeros((height, width), jnp.float32))
         mask = rows_Hx1 & columns_W[None, :]
         triton.store(y_ref.at[at_rows, at_columns], y.astype(y_ref.dtype), mask=mask)
 
@@ -151,7 +151,7 @@ def _weight_kernel(start_E, end_E, x_ref, dy_ref, dw_ref, *, tall, wide):
         return sum_HxW + _dot(x.T, dy)
 
     steps = lax.div(end - start + DEPTH - 1, jnp.int32(DEPTH))
-    dw = lax.fori_loop(0, steps, add, jnp.zeros((tall, wide), jnp.float32))
+    dw = lax.fori_loop(jnp.int32(0), steps, add, jnp.zeros((tall, wide), jnp.float32))
     mask = inputs_H[:, None] & columns_W
     triton.store(dw_ref.at[expert, at_inputs, at_columns], dw.astype(dw_ref.dtype), mask=mask)
 
