@@ -22,7 +22,7 @@ def grouped_matmul(
     group_sizes_G: Array,
     *,
     group_offset: int | Array = 0,
-    backend: str | None = None,
+    backend: str | xla.Loops | None = None,
 ) -> Array:
     """Rows sorted by group, each times its group's matrix.
 
@@ -31,7 +31,8 @@ def grouped_matmul(
     x_RxK: rows of group 0 first, then group 1, ...; float, any R.
     group_sizes_G: integers, G >= 1 groups; may be traced.
     group_offset: w holds groups [group_offset, group_offset + E); may be traced.
-    backend: None for the platform's best, else "reference", "xla" or "ragged_dot".
+    backend: None for the platform's best, else "reference", "xla" or "ragged_dot"; a `Loops` is
+        "xla" with a say in how it trades compile time for run time (FAST_COMPILE, FAST_RUN).
     Returns [R, N] in x's dtype, accumulated in float32; rows of groups that w does not hold and
     rows beyond sum(group_sizes) are zero. Differentiable in x and w, reverse mode, once.
     Raises ValueError on shapes that do not fit, or "ragged_dot" with a group offset.
@@ -59,7 +60,7 @@ def grouped_matmul_of(
     *,
     columns: int,
     group_offset: int | Array = 0,
-    backend: str | None = None,
+    backend: str | xla.Loops | None = None,
 ) -> Array:
     """`grouped_matmul` with experts in any format, decoded one at a time and once per call.
 
@@ -69,7 +70,7 @@ def grouped_matmul_of(
     Differentiable in x and, through autodiff of `expert`, in the float leaves; the backward pass
     decodes each expert again instead of keeping it.
     """
-    if backend not in (None, *BACKENDS):
+    if not isinstance(backend, xla.Loops) and backend not in (None, *BACKENDS):
         raise ValueError(f"backend = {backend!r} is unknown; choose None or one of {BACKENDS}.")
     if x_RxK.ndim != 2 or group_sizes_G.ndim != 1 or group_sizes_G.shape[0] == 0:
         raise ValueError(
@@ -79,8 +80,8 @@ def grouped_matmul_of(
     whole = whole and leaves.shape[0] == group_sizes_G.shape[0]
     if backend == "ragged_dot" and not whole:
         raise ValueError("ragged_dot wants a plain array, E == G and group_offset == 0; use 'xla'.")
-    if backend is None and not whole:
-        backend = "xla"
+    if backend == "xla" or (backend is None and not whole):
+        backend = xla.FAST_RUN
     return _dispatch(backend, expert, columns, x_RxK, leaves, group_sizes_G, group_offset)
 
 
@@ -93,6 +94,9 @@ def _dispatch(backend, expert, columns, x_RxK, leaves, group_sizes_G, group_offs
     # jit keeps eager calls from compiling their loops anew each time.
     if backend == "reference":
         return reference.grouped_matmul_of(x_RxK, leaves, expert, group_sizes_G, group_offset)
+    x_RxK, leaves, group_sizes_G, group_offset = xla.alike(
+        x_RxK, leaves, group_sizes_G, group_offset
+    )
     return _loops(backend, expert, columns, x_RxK, leaves, group_sizes_G, group_offset)
 
 
@@ -115,12 +119,13 @@ def _loops_backward(backend, expert, columns, saved, dy_RxN):
     def by_loop(x, leaves, sizes, dy):
         width = x.shape[1]
         dx = xla.forward(dy, leaves, expert, width, sizes, group_offset, transposed=True)
-        return dx, xla.leaves_gradient(x, dy, leaves, expert, sizes, group_offset)
+        loops = backend if isinstance(backend, xla.Loops) else xla.FAST_RUN
+        return dx, xla.leaves_gradient(x, dy, leaves, expert, sizes, group_offset, loops)
 
     def by_ragged_dot(x, leaves, sizes, dy):
         return jax.vjp(lambda x, w: _ragged(x, w, sizes), x, leaves)[1](dy)
 
-    if backend == "xla":
+    if isinstance(backend, xla.Loops):
         dx, dleaves = by_loop(x_RxK, leaves, group_sizes_G, dy_RxN)
     else:
         dx, dleaves = _choose(backend, by_loop, by_ragged_dot, x_RxK, leaves, group_sizes_G, dy_RxN)
@@ -132,7 +137,7 @@ _loops.defvjp(_loops_forward, _loops_backward)
 
 def _choose(backend, by_loop, by_ragged_dot, *arrays):
     """Loops on CPU, where ragged_dot is masked dense (E times the flops); ragged_dot elsewhere."""
-    if backend == "xla":
+    if isinstance(backend, xla.Loops):
         return by_loop(*arrays)
     if backend == "ragged_dot":
         return by_ragged_dot(*arrays)
