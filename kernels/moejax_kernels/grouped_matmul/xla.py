@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -23,7 +24,6 @@ Expert = Callable[[Any], Array]
 TILE_BYTES = 1 << 20  # of a weight tile in float32: half to all of a core's L2 cache
 SHALLOWEST = 32  # rows of a weight tile
 NARROWEST = 128  # columns of a tile; narrower ones read memory in pieces too short to stream
-FEW_ROWS = (4, 1)  # block heights at decode; a matrix-vector product needs no mask
 TALLEST_CLASS = 2048  # rows of one product of the weight gradient
 
 
@@ -108,9 +108,8 @@ def forward(
     groups = locate(group_sizes_G, group_offset, bank.experts, rows)
     # Few rows: tiles of whole rows of the matrix, so that memory is read in one stream, and sums
     # over tiles. Many rows: tiles of columns, each with its own columns of the output.
-    few = rows < 4 * group_sizes_G.shape[0]
-    tall, short = FEW_ROWS if few else block_heights(rows, group_sizes_G.shape[0])
-    tall = min(tall, rows)
+    tall, short = row_blocks(rows, group_sizes_G.shape[0])
+    few = has_few_rows(rows, group_sizes_G.shape[0])
     deep = tile_depth(depth, columns) if few else depth
     wide = columns if few else tile_width(columns, depth)
     # XLA:CPU has bfloat16 products of matrices, but none of a vector and a matrix.
@@ -130,36 +129,76 @@ def forward(
             if not (tile.dtype == jnp.bfloat16 and narrow):
                 tile = tile.astype(accumulate)
 
-            def block(row: Array, height: int, first: Array | None, out: Array) -> Array:
+            def product(row: Array, height: int) -> Array:
                 x = lax.dynamic_slice(x_RxK, (row, k), (height, deep)).astype(tile.dtype)
-                new = lax.dot_general(x, tile, contract, preferred_element_type=accumulate)
-                if few or first is not None:
-                    old = lax.dynamic_slice(out, (row, column), new.shape)
-                    new = old + new if few else new
-                    new = (
-                        new
-                        if first is None
-                        else jnp.where(_inside(row, height, first, end), new, old)
-                    )
-                return lax.dynamic_update_slice(out, new, (row, column))
+                return lax.dot_general(x, tile, contract, preferred_element_type=accumulate)
 
-            def full_block(i: Array, out: Array) -> Array:
-                return block(start + i * tall, tall, None, out)
-
-            def last_block(i: Array, out: Array) -> Array:
-                row = rest + i * short
-                return block(jnp.minimum(row, rows - short), short, row if short > 1 else None, out)
-
-            full = (end - start) // tall
-            rest = start + full * tall
-            out_RxN = lax.fori_loop(0, full, full_block, out_RxN)
-            return lax.fori_loop(0, -(-(end - rest) // short), last_block, out_RxN)
+            put = add_to_rows if few else put_into_rows
+            return put(out_RxN, product, start, end, (tall, short), column)
 
         return lax.fori_loop(0, depth // deep if few else -(-columns // wide), of_tile, out_RxN)
 
     # In the accumulator's dtype: XLA:CPU updates a bfloat16 array in place only through float32.
-    out_RxN = _varying_like(jnp.zeros((rows, columns), accumulate), x_RxK)
+    out_RxN = varying_like(jnp.zeros((rows, columns), accumulate), x_RxK)
     return lax.fori_loop(0, groups.active, of_expert, out_RxN).astype(x_RxK.dtype)
+
+
+def has_few_rows(rows: int, groups: int) -> bool:
+    """Whether a group has so few rows that reading its matrix is most of the work."""
+    return rows < 4 * groups
+
+
+def row_blocks(rows: int, groups: int) -> tuple[int, int]:
+    """(tall, short): heights of the blocks of a product, see `block_heights`.
+
+    With few rows a block of 4 or 2 costs little more than one row. Where most groups have no more
+    than one, single rows finish a group: a matrix-vector product needs no mask.
+    """
+    if has_few_rows(rows, groups):
+        return min(4, rows), 1 if rows <= groups // 2 else min(2, rows)
+    return block_heights(rows, groups)
+
+
+Product = Callable[[Array, int], Array]  # (first row, height) -> [height, columns of a tile]
+
+
+def put_into_rows(
+    out_RxN: Array,
+    product: Product,
+    start: Array,
+    end: Array,
+    heights: tuple[int, int],
+    column: int | Array = 0,
+    *,
+    add: bool = False,
+) -> Array:
+    """`out` with rows [start, end), from `column` on, set to (or grown by) their products."""
+    (tall, short), rows = heights, out_RxN.shape[0]
+    full = (end - start) // tall
+    rest = start + full * tall
+
+    def full_block(i: Array, out: Array) -> Array:
+        row = start + i * tall
+        new = product(row, tall)
+        if add:
+            new = new + lax.dynamic_slice(out, (row, column), new.shape)
+        return lax.dynamic_update_slice(out, new, (row, column))
+
+    def last_block(i: Array, out: Array) -> Array:
+        first = rest + i * short
+        row = jnp.minimum(first, rows - short)
+        new = product(row, short)
+        if add or short > 1:
+            old = lax.dynamic_slice(out, (row, column), new.shape)
+            new = old + new if add else new
+            new = jnp.where(_inside(row, short, first, end), new, old) if short > 1 else new
+        return lax.dynamic_update_slice(out, new, (row, column))
+
+    out_RxN = lax.fori_loop(0, full, full_block, out_RxN)
+    return lax.fori_loop(0, -(-(end - rest) // short), last_block, out_RxN)
+
+
+add_to_rows = partial(put_into_rows, add=True)
 
 
 def tile_width(columns: int, depth: int) -> int:
@@ -268,7 +307,7 @@ def _float_gradients(
             for all_E, part in zip(gradients, parts, strict=True)
         ]
 
-    gradients = [_varying_like(gradient, x_RxK) for gradient in gradients]
+    gradients = [varying_like(gradient, x_RxK) for gradient in gradients]
     return lax.fori_loop(0, groups.active, of_expert, gradients)
 
 
@@ -356,7 +395,7 @@ def alike(*operands: Any) -> tuple[Any, ...]:
     return jax.tree.map(lambda array: _vary(array, axes), arrays)
 
 
-def _varying_like(zeros: Array, array: Array) -> Array:
+def varying_like(zeros: Array, array: Array) -> Array:
     """`zeros` with the type that a loop over `array` gives its carry inside shard_map."""
     return _vary(zeros, _axes(array))
 
