@@ -14,6 +14,8 @@ from typing import Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 from jax import Array
+from moejax_kernels.permute import permute, unpermute
+from moejax_kernels.route import sort_by_expert
 
 from moejax.core import check_that, spec
 from moejax.moe.routing import STATIC, Routing
@@ -81,18 +83,16 @@ class SortedPlan:
 
     def scatter(self, x_TxD: Array) -> Array:
         """Rows [R, D] of the tokens each expert will see; empty rows are zero."""
-        return _spread(self, x_TxD)
+        x = x_TxD if self.per_token is not None else x_TxD[self.token_A]
+        return permute(x, self.assignment_R, self.row_A)
 
     def gather(self, y_RxD: Array) -> Array:
         """Token outputs [T, D]: the sum of a token's rows, weighed by their gates."""
-        y_AxD = _pick(y_RxD, self.row_A, self.assignment_R)
-        gate_A = jnp.where(self.row_A < y_RxD.shape[0], self.gate_A, 0.0)
-        return self._sum_by_token(y_AxD * gate_A[:, None].astype(y_AxD.dtype))
-
-    def _sum_by_token(self, values_AxD: Array) -> Array:
+        gate_TxK = self.gate_A.reshape(-1, 1 if self.per_token is None else self.per_token)
+        y = unpermute(y_RxD, gate_TxK, self.assignment_R, self.row_A)
         if self.per_token is not None:
-            return values_AxD.reshape(self.tokens, self.per_token, -1).sum(axis=1)
-        return jax.ops.segment_sum(values_AxD, self.token_A, num_segments=self.tokens)
+            return y
+        return jax.ops.segment_sum(y, self.token_A, num_segments=self.tokens)
 
 
 @jax.tree_util.register_dataclass
@@ -150,18 +150,17 @@ class Dropless:
     """Every assignment gets a row: one sort, R = A (arXiv:2211.15841 without its blocks)."""
 
     def plan(self, routing: Routing, expert_A: Array, experts: int) -> SortedPlan:
-        order_A, bounds_E1 = _sort(routing, expert_A, experts)
-        A = order_A.size
-        row_A = _inverse(order_A)
-        filled_R = jnp.arange(A) < bounds_E1[-1]
+        order = sort_by_expert(expert_A, experts, valid_A=routing.valid_A)
+        A = expert_A.size
+        filled_R = jnp.arange(A) < order.group_sizes_E.sum()
         return SortedPlan(
-            group_sizes_E=jnp.diff(bounds_E1),
-            token_R=routing.token_A[order_A],
+            group_sizes_E=order.group_sizes_E,
+            token_R=routing.token_A[order.order_A],
             gate_A=routing.gate_A,
             valid_R=filled_R,
             dropped=jnp.zeros((), jnp.int32),
-            assignment_R=jnp.where(filled_R, order_A, A),
-            row_A=jnp.where(routing.valid_A, row_A, A),
+            assignment_R=jnp.where(filled_R, order.order_A, A),
+            row_A=jnp.where(routing.valid_A, order.place_A, A),
             token_A=routing.token_A,
             tokens=routing.tokens,
             per_token=routing.per_token,
@@ -178,17 +177,18 @@ class Capacity:
         check_that(self.factor > 0, self, "factor", "1.0 fits perfect balance only; try 1.25.")
 
     def plan(self, routing: Routing, expert_A: Array, experts: int) -> SortedPlan:
-        order_A, bounds_E1 = _sort(routing, expert_A, experts)
-        A = order_A.size
+        order = sort_by_expert(expert_A, experts, valid_A=routing.valid_A)
+        A = expert_A.size
         C = min(A, math.ceil(self.factor * A / experts))
-        counts_E = jnp.diff(bounds_E1)
+        counts_E = order.group_sizes_E
+        first_E = jnp.cumsum(counts_E) - counts_E
         expert_R = jnp.repeat(jnp.arange(experts), C)
         place_R = jnp.tile(jnp.arange(C), experts)
         filled_R = place_R < counts_E[expert_R]
         assignment_R = jnp.where(
-            filled_R, order_A[jnp.minimum(bounds_E1[expert_R] + place_R, A - 1)], A
+            filled_R, order.order_A[jnp.minimum(first_E[expert_R] + place_R, A - 1)], A
         )
-        place_A = _inverse(order_A) - bounds_E1[expert_A]
+        place_A = order.place_A - first_E[expert_A]
         kept_A = routing.valid_A & (place_A < C)
         return SortedPlan(
             group_sizes_E=jnp.full(experts, C, jnp.int32),
@@ -202,62 +202,3 @@ class Capacity:
             tokens=routing.tokens,
             per_token=routing.per_token,
         )
-
-
-def _sort(routing: Routing, expert_A: Array, experts: int) -> tuple[Array, Array]:
-    """Assignments in expert order, ties in list order, invalid ones last; bounds int32 [E + 1].
-
-    One sort of packed keys: two argsorts cost 5 to 10 times as much on XLA:CPU.
-    """
-    A = expert_A.size
-    key_A = jnp.where(routing.valid_A, expert_A, experts).astype(jnp.int32)
-    index_A = jnp.arange(A, dtype=jnp.int32)
-    if (experts + 1) * A < 2**31:
-        packed_A = jax.lax.sort(key_A * A + index_A, is_stable=False)
-        sorted_A, order_A = packed_A // A, packed_A % A
-    else:
-        sorted_A, order_A = jax.lax.sort((key_A, index_A), num_keys=1)
-    bounds_E1 = jnp.searchsorted(sorted_A, jnp.arange(experts + 1), method="scan_unrolled")
-    return order_A, bounds_E1.astype(jnp.int32)
-
-
-def _inverse(order_A: Array) -> Array:
-    index_A = jnp.arange(order_A.size, dtype=jnp.int32)
-    return jnp.zeros_like(order_A).at[order_A].set(index_A, unique_indices=True)
-
-
-def _take(values: Array, index: Array) -> Array:
-    """values[index], zero where the index is out of range."""
-    return values.at[index].get(mode="fill", fill_value=0)
-
-
-@jax.custom_vjp
-def _spread(plan: SortedPlan, x_TxD: Array) -> Array:
-    return jnp.where(plan.valid_R[:, None], x_TxD[plan.token_R], 0)
-
-
-def _spread_forward(plan: SortedPlan, x_TxD: Array) -> tuple[Array, SortedPlan]:
-    return _spread(plan, x_TxD), plan
-
-
-def _spread_backward(plan: SortedPlan, ct_RxD: Array) -> tuple[None, Array]:
-    return None, plan._sum_by_token(_take(ct_RxD, plan.row_A))
-
-
-_spread.defvjp(_spread_forward, _spread_backward)
-
-
-@jax.custom_vjp
-def _pick(y_RxD: Array, row_A: Array, assignment_R: Array) -> Array:
-    return _take(y_RxD, row_A)
-
-
-def _pick_forward(y_RxD: Array, row_A: Array, assignment_R: Array) -> tuple[Array, Array]:
-    return _pick(y_RxD, row_A, assignment_R), assignment_R
-
-
-def _pick_backward(assignment_R: Array, ct_AxD: Array) -> tuple[Array, None, None]:
-    return _take(ct_AxD, assignment_R), None, None
-
-
-_pick.defvjp(_pick_forward, _pick_backward)

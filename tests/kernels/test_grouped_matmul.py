@@ -12,11 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from moejax_kernels.grouped_matmul import (
     BACKENDS,
+    FAST_COMPILE,
+    FAST_RUN,
     block_heights,
     grouped_matmul,
     grouped_matmul_of,
 )
 from moejax_kernels.grouped_matmul.bench import cut, measure
+from moejax_kernels.grouped_matmul.xla import class_heights
 from moejax_kernels.shapes import SHAPES, ZIPF, Shape
 
 K, N, E = 6, 5, 3
@@ -126,6 +129,48 @@ def test_scan_over_layers_with_checkpoint(remat):
     np.testing.assert_allclose(dw, wanted_dw, rtol=1e-4, atol=1e-5)
 
 
+def test_vmap_over_rows_that_share_a_bank():
+    """Catches a batch whose members get each other's rows, or a gradient of one member only."""
+    by_loops = partial(grouped_matmul, backend="xla")
+    x, w = normal(0, 3, 40, K), normal(1, E, K, N)
+    sizes = jnp.asarray([11, 0, 25], jnp.int32)
+
+    def total(w):
+        return jnp.square(jax.vmap(by_loops, (0, None, None))(x, w, sizes)).sum()
+
+    y = jax.vmap(by_loops, (0, None, None))(x, w, sizes)
+    wanted = np.stack([oracle(x[i], w, sizes) for i in range(3)])
+    np.testing.assert_allclose(y, wanted, atol=1e-5)
+    ends = np.cumsum(sizes)
+    dw = jax.grad(total)(w)
+    for e, (start, end) in enumerate(zip(ends - sizes, ends, strict=True)):
+        exact = np.einsum("brk,brn->kn", np.float64(x)[:, start:end], 2 * wanted[:, start:end])
+        np.testing.assert_allclose(dw[e], exact, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("check", [False, True])
+def test_shard_map_over_rows(check):
+    """Catches carries that shard_map refuses, and a weight gradient of one device's rows only."""
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows, whole = jax.P("data"), jax.P()
+    x, w, sizes = normal(0, R, K), normal(1, E, K, N), SIZES
+
+    def total(x, w, sizes):
+        y = jax.shard_map(
+            partial(grouped_matmul, backend="xla"),
+            mesh=mesh,
+            in_specs=(rows, whole, whole),
+            out_specs=rows,
+            check_vma=check,
+        )(x, w, sizes)
+        return jnp.square(y).sum()
+
+    got = jax.jit(jax.grad(total, (0, 1)))(x, w, sizes)
+    wanted = jax.grad(lambda *a: loss(*a, "reference")[0], (0, 1))(x, w, sizes)
+    for a, b in zip(got, wanted, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-3)
+
+
 def test_vmap_over_banks():
     """Catches a loop whose batched trip counts skip the rows of one batch member."""
     x, w = normal(0, 2, 20, K), normal(1, 2, E, K, N)
@@ -135,13 +180,27 @@ def test_vmap_over_banks():
         np.testing.assert_allclose(y[i], oracle(x[i], w[i], sizes[i]), atol=1e-5)
 
 
-def test_a_bfloat16_bank_is_not_upcast_whole():
-    """Catches the XLA:CPU trap: a float32 copy of the bank, 90 times slower at decode."""
-    shapes = [((32, 64), jnp.bfloat16), ((7, 64, 48), jnp.bfloat16), ((7,), jnp.int32)]
+def buffers(program):
+    """What a compiled program writes to memory: its HLO without the bodies of fusions."""
+    kept, inside = [], False
+    for line in program.as_text().splitlines():
+        inside = line.startswith(("%fused_computation", "%wrapped_")) or (inside and line != "}")
+        if not inside:
+            kept.append(line)
+    return "\n".join(kept)
+
+
+@pytest.mark.parametrize("rows", [14, 256])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_bfloat16_bank_is_not_upcast_whole(rows, dtype):
+    """Catches the XLA:CPU trap: a float32 copy, or any copy, of the bank on every call."""
+    E, K, N = 7, 640, 480
+    shapes = [((rows, K), dtype), ((E, K, N), jnp.bfloat16), ((E,), jnp.int32)]
     abstract = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
-    program = jax.jit(grouped_matmul).lower(*abstract).compile().as_text()
-    assert "f32[7,64,48]" not in program
-    assert "f32[64,48]" in program  # one expert at a time
+    program = jax.jit(grouped_matmul).lower(*abstract).compile()
+    assert f"f32[{E},{K},{N}]" not in buffers(program)
+    assert program.memory_analysis().temp_size_in_bytes < E * K * N * 2
+    assert f"bf16[{E},{K},{N}]" in buffers(program)  # the search would find a copy
 
 
 def test_no_scatter_and_no_transposed_bank():
@@ -213,6 +272,37 @@ def test_wrong_calls_say_what_is_wrong():
         grouped_matmul(x, w, SIZES, backend="fast")
     with pytest.raises(ValueError, match="group_offset"):
         grouped_matmul(x, w, SIZES, group_offset=1, backend="ragged_dot")
+
+
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(data=st.data())
+@pytest.mark.parametrize("loops", [FAST_RUN, FAST_COMPILE])
+def test_gradients_for_any_group_sizes(loops, data):
+    """Catches a size class that drops or repeats rows of a group, or reads the next group's."""
+    cuts = sorted(data.draw(st.integers(0, 150)) for _ in range(E))
+    sizes = jnp.asarray(np.diff([0, *cuts]), jnp.int32)
+    got, wanted = class_gradients(sizes, loops), class_gradients(sizes, "reference")
+    for a, b in zip(got, wanted, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-3)
+
+
+@partial(jax.jit, static_argnums=1)
+def class_gradients(sizes, backend):
+    x, w = normal(0, 150, K), normal(1, E, K, N)
+    return jax.grad(lambda x, w: loss(x, w, sizes, backend)[0], (0, 1))(x, w)
+
+
+def test_fast_run_compiles_more_products_than_fast_compile():
+    """Catches a choice that nothing reads."""
+    assert len(class_heights(4096, 64, FAST_RUN.ratio)) > len(class_heights(4096, 64, 2.0))
+    assert class_heights(5, 3, 1.25) == (5,)
+
+
+@given(rows=st.integers(1, 10**6), groups=st.integers(1, 512))
+def test_class_heights_fit(rows, groups):
+    """Catches a product taller than the rows, and classes that do not rise."""
+    heights = class_heights(rows, groups, FAST_RUN.ratio)
+    assert heights[-1] <= rows and sorted(set(heights)) == list(heights)
 
 
 @given(rows=st.integers(1, 10**6), groups=st.integers(1, 512))

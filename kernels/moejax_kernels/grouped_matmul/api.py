@@ -24,7 +24,7 @@ def grouped_matmul(
     group_sizes_G: Array,
     *,
     group_offset: int | Array = 0,
-    backend: str | None = None,
+    backend: str | xla.Loops | None = None,
 ) -> Array:
     """Rows sorted by group, each times its group's matrix.
 
@@ -34,7 +34,8 @@ def grouped_matmul(
     group_sizes_G: integers, G >= 1 groups; may be traced.
     group_offset: w holds groups [group_offset, group_offset + E); may be traced.
     backend: None for the platform's best, chosen when the program is lowered, else "reference",
-        "xla", "ragged_dot" or "pallas_tpu" (bfloat16 as it is, other dtypes in float32).
+        "xla", "ragged_dot" or "pallas_tpu" (bfloat16 as it is, other dtypes in float32); a `Loops`
+        is "xla" with a say in how it trades compile time for run time (FAST_COMPILE, FAST_RUN).
     Returns [R, N] in x's dtype, accumulated in float32; rows of groups that w does not hold and
     rows beyond sum(group_sizes) are zero. Differentiable in x and w, reverse mode, once.
     Raises ValueError on shapes that do not fit, and for "ragged_dot" with a group offset.
@@ -62,7 +63,7 @@ def grouped_matmul_of(
     *,
     columns: int,
     group_offset: int | Array = 0,
-    backend: str | None = None,
+    backend: str | xla.Loops | None = None,
 ) -> Array:
     """`grouped_matmul` with experts in any format, decoded one at a time and once per call.
 
@@ -72,8 +73,8 @@ def grouped_matmul_of(
     Differentiable in x and, through autodiff of `expert`, in the float leaves; the backward pass
     decodes each expert again instead of keeping it.
     """
-    if backend not in (None, *BACKENDS, *KERNELS):
-        known = (*BACKENDS, *KERNELS)
+    known = (*BACKENDS, *KERNELS)
+    if not isinstance(backend, xla.Loops) and backend not in (None, *known):
         raise ValueError(f"backend = {backend!r} is unknown; choose None or one of {known}.")
     if x_RxK.ndim != 2 or group_sizes_G.ndim != 1 or group_sizes_G.shape[0] == 0:
         raise ValueError(
@@ -86,9 +87,9 @@ def grouped_matmul_of(
         raise ValueError("ragged_dot wants a plain array, E == G and group_offset == 0; use 'xla'.")
     if backend == "pallas_tpu" and not plain:
         raise ValueError("pallas_tpu wants a plain array; use 'xla', which decodes other formats.")
-    if backend is None and not plain:
-        backend = "xla"
-    chosen: str | PlatformBest | None = backend
+    if backend == "xla" or (backend is None and not plain):
+        backend = xla.FAST_RUN
+    chosen: str | PlatformBest | xla.Loops | None = backend
     if backend is None:
         # ragged_dot is masked dense on CPU: E times the flops. It is fast on some GPUs.
         chosen = PlatformBest(tpu="pallas_tpu", default="ragged_dot" if whole else "xla")
@@ -143,7 +144,8 @@ def _product_backward(backend, expert, columns, saved, dy_RxN):
 
     def by_loop(x, leaves, sizes, offset, dy):
         dx = xla.forward(dy, leaves, expert, x.shape[1], sizes, offset, transposed=True)
-        return dx, xla.leaves_gradient(x, dy, leaves, expert, sizes, offset)
+        loops = backend if isinstance(backend, xla.Loops) else xla.FAST_RUN
+        return dx, xla.leaves_gradient(x, dy, leaves, expert, sizes, offset, loops)
 
     def by_ragged_dot(x, w, sizes, offset, dy):
         return jax.vjp(lambda x, w: _ragged(x, w, sizes), x, w)[1](dy)
@@ -168,7 +170,7 @@ _product.defvjp(_product_forward, _product_backward)
 def _choose(backend, ways, out, *arrays):
     """The backend's way with `arrays`; `out` is a pytree of its results' shapes."""
     if not isinstance(backend, PlatformBest):
-        return ways[backend](*arrays)
+        return ways["xla" if isinstance(backend, xla.Loops) else backend](*arrays)
     treedef = jax.tree.structure(out, is_leaf=_is_out)
 
     def flat(way):
