@@ -34,6 +34,18 @@ def test_bars_compare_with_the_best_tiling_of_the_same_row():
     assert bars.useful(rows) == {"v5e olmoe/4096/gate balanced": 0.5}
 
 
+def test_what_hbm_forbids_is_told_from_what_the_kernel_misses():
+    """Catches a kernel at its HBM bound blamed, and a slow kernel excused by the bound."""
+    rows = [
+        row("ours bf16", 100.0, bound=99.0, over_bound=100 / 99),
+        row("megablox a", 100.0),
+        row("ours bf16", 100.0, bound=50.0, over_bound=2.0, chip="v6e"),
+        row("megablox a", 100.0, chip="v6e"),
+    ]
+    line = bars.table(bars.TPU_BARS[:1], rows, {bars.TPU_BARS[0].name: "stores"}).splitlines()[2]
+    assert "0 of 2; 1 out of reach of any kernel, by HBM alone: stores" in line
+
+
 def test_few_bits_are_held_to_the_larger_bound():
     """Catches 2 bits held to HBM alone where loading the matrix unit takes longer."""
     small = {"shape": "olmoe/8/gate"}

@@ -13,13 +13,13 @@
 
 A region is a loop or a guarded part (`pl.when`, `lax.cond`), named by its path in `table()`. Its
 count says how often it runs in one call of the kernel, all loops around it included. Loops of
-constant length need none; a guard without one runs whenever the part around it runs. The grid of a
-Pallas kernel is one loop of steps + 2 trips (the first fills the pipeline, the last drains it) in
-which a guard holds the body; that guard is recognised and runs steps times: `grid(steps)`. A guard
-that only asks whether there are any steps at all may be around that loop ("if0/loop0"). Paths
-differ between chips: look for a region by what it does (`own`, `matmul`, `slots`) where that
-matters, as experiments/benchmarks/megablox.py does. On v5p two cores share a grid whose axes are
-parallel, and each runs the same schedule: count what one of them runs.
+constant length need none; a guard without one runs whenever the part around it runs. The two sides
+of a `lax.cond` are two guards: count both. The grid of a Pallas kernel is one loop of steps + 2
+trips (the first fills the pipeline, the last drains it) in which a guard holds the body; that guard
+is recognised and runs steps times: `grid(steps)`. A guard that only asks whether there are any
+steps at all may be around that loop ("if0/loop0"). Paths differ between chips: look for a region by
+what it does (`own`, `matmul`, `slots`), as experiments/benchmarks/megablox.py does. On v5p two
+cores share a grid with parallel axes and run the same schedule: count what one of them runs.
 
 Starting the compiler costs seconds, so that many programs share one child process:
 
