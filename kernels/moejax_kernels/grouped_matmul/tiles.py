@@ -122,7 +122,10 @@ def rule(
     cores = chip.cores if chip in _MEGACORE else 1
     vmem = chip.vmem * 7 // 8
     budget = vmem * 7 // 8  # the compiler wants some for itself
-    heights = _heights(kernel, rows // groups, inputs, chip)
+    passes = 1 if jnp.dtype(dtype) == jnp.bfloat16 else 6  # of the unit, for float32
+    work = passes * operands * inputs  # per row and column
+    heights = _heights(kernel, rows // groups, chip)
+    heights = tuple(h for h in heights if h == heights[-1] or h * work <= _CODE // 256)
     narrowest = min(outputs, 2 * LANES)
     for tallest in heights[:-1]:
         if _bytes(kernel, tallest, inputs, narrowest, size, operands) > budget:
@@ -139,23 +142,21 @@ def rule(
     # A slice more costs another pass over x; columns done twice cost as much of everything.
     columns = min(fitting[:4], key=lambda columns: -(-outputs // columns) * columns)
     # Loading a tile of weights takes as long as 128 rows take to pass.
-    chunk = _chunk(columns, max(heights[0], 128) * inputs * operands, chip)
+    chunk = _chunk(columns, max(heights[0], 128) * work, chip)
     ramp = 48 if chip.size == 256 else 2
     return Tiles(columns, chunk, heights, ramp, chip.size, cores, vmem)
 
 
-def _heights(kernel: str, mean: int, inputs: int, chip: Chip) -> tuple[int, ...]:
+def _heights(kernel: str, mean: int, chip: Chip) -> tuple[int, ...]:
     if kernel == "weights":
         return (512, 256, 128) if mean >= 128 else (128, 32)
     if mean < 48:
         return (64, 16)  # loading weights takes longer than either
-    if chip.size == 256:
-        # The latency of the unit, paid per block, is worth some 50 rows; its weights take as long
-        # to load as 128 rows take to pass.
-        heights = (544, 512, 384, 256, 128) if mean >= 256 else (256, 192, 128)
-    else:
-        heights = (352, 272, 256, 144, 128, 64)  # add up to every multiple of UNIT from 384 on
-    return tuple(h for h in heights if h == heights[-1] or h * inputs <= _CODE // 256)
+    if chip.size == 128:
+        return (352, 272, 256, 144, 128, 64)  # add up to every multiple of UNIT from 384 on
+    # The latency of the unit, paid per block, is worth some 50 rows; its weights take as long to
+    # load as 128 rows take to pass.
+    return (544, 512, 384, 256, 128) if mean >= 256 else (256, 192, 128)
 
 
 _CODE = 1 << 30  # multiply-adds of one straight-line matmul; compile time grows faster than code
@@ -173,7 +174,7 @@ def _chunk(columns: int, work_per_column: int, chip: Chip) -> int:
     """The width that passes over the columns fastest, among those of bounded code."""
     # A unit of side 128 is busy for so long that restarting it costs nothing.
     limit = max(2 * LANES, _CODE * 5 // 8 * chip.size**2 // 256**2 // work_per_column)
-    ramp = 1 + (1 << 26) // work_per_column  # in columns: about 250 cycles
+    ramp = (1 << 26 if chip.size == 256 else 1 << 22) // work_per_column  # in columns
 
     def cost(chunk: int) -> int:
         return -(-columns // chunk) * (round_up(chunk, chip.size) + ramp)

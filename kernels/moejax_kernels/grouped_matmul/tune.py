@@ -114,7 +114,7 @@ def tune(kernel: str, shape: Shape, chip: Chip) -> tuple[Tiles, float]:
     sides = modelled.sides(kernel, shape)
     start = rule(kernel, shape.rows, *sides, shape.experts, jnp.bfloat16, chip=chip)
     shorter = start._replace(chunk=start.chunk // 2)
-    tried = [start] if shorter.chunk % chip.size else [start, shorter]
+    tried = [start] if shorter.chunk % chip.size else [shorter, start]  # of equals the shorter
     value, tiles, schedule = ranked(tried)[0]
     refined = with_menu(tiles, block_cycles(schedule), shape)
     better = ranked([refined]) if refined != tiles else []
