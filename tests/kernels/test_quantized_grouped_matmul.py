@@ -130,7 +130,10 @@ def test_order_of_planes(bits):
 GROUPS = {1: 256, 2: 32, 3: 128, 4: 64, 5: 64, 6: 256, 7: 32, 8: 128}
 
 
-@pytest.mark.parametrize("bits", range(1, 9))
+SLOW = [pytest.param(bits, marks=pytest.mark.slow) for bits in (5, 7)]
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 6, 8, *SLOW])
 def test_kernel_is_exact(bits):
     """Catches lost low bits of float32 rows, scales or zeros, and groups mixed in one product."""
     zero = "uint8" if bits % 2 else None
@@ -291,6 +294,6 @@ def test_compiles_for_every_tpu(chip):
             call, jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), arrays)
         )
 
-    options = [(4, "uint8", 0, None), (3, None, 8, None), (8, None, 0, 16), (2, None, 0, 24)]
+    options = [(4, "uint8", 0, None), (3, None, 8, 24), (8, None, 0, 8)]
     reports = aot.compile_all({str(o): program(*o) for o in options}, chip=chip)
     assert all(report.kernel("quantized_grouped_matmul").root for report in reports.values())

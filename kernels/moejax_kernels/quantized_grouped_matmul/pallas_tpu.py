@@ -38,6 +38,7 @@ LANES = 128
 VMEM = 48 * 2**20  # bytes that blocks may take; the smallest core has 64 MiB
 MOST_ROWS = 32  # of a block: more rows cost more than unpacking again saves
 SUMS = 3  # bfloat16 digits of a float32
+WEIGHTS = 2**21  # of an unrolled loop body; 8 rows of sums for 2048 columns fill 16 registers
 TRIP = 2048  # inputs of an unrolled loop body
 COLUMNS = 256  # unpacked at a time: more would not stay in registers
 
@@ -61,8 +62,10 @@ def tiling(rows: int, inputs: int, columns: int, experts: int, groups: int, bits
         return None
     usual = max(1, rows * 3 // (2 * experts))  # rows of an expert; few have more
     height = min(MOST_ROWS, max(SUBLANES, 1 << (usual - 1).bit_length()))
-    for width in (1024, 512, 256, 128):
+    for width in (2048, 1024, 512, 256, 128):
         tiles = Tiling(height, width, depth, trip)
+        if max(trip, 128 * height) * width > WEIGHTS:
+            continue
         if columns % width == 0 and _vmem(tiles, rows, inputs, columns, groups, bits) <= VMEM:
             return tiles
     return None
