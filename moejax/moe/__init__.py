@@ -34,7 +34,7 @@ from moejax.moe.rules import (
 )
 
 # Dispatch
-from moejax.moe.dispatch import Capacity, Dense, Dispatch, Dropless, Plan
+from moejax.moe.dispatch import Capacity, ChoiceCapacity, Dense, Dispatch, Dropless, Plan
 
 # Experts and the layer
 from moejax.moe.activations import (
@@ -66,6 +66,7 @@ __all__ = [
     "AttentionScores",
     "BiasedTopK",
     "Capacity",
+    "ChoiceCapacity",
     "ChosenSoftmaxGates",
     "ClampedSwiGLU",
     "Dense",

@@ -1,0 +1,113 @@
+"""Skywork-MoE (arXiv:2406.06563): a router of two layers whose logits are given a standard deviation.
+
+Config fields are those of the release's SkyworkMoeConfig (model_type "skywork"); names and the gate
+those of the layers that SkyworkAI's MoE-plus-plus shares with it, where a router is tanh between two
+matrices without bias, 8 E wide (the report's equation 6 has one matrix with a bias), and experts lie
+under `mlp.moe.experts.experts`. torch.std divides by E - 1; the mean that equation 7 takes away does
+not change a softmax. Gates of the two chosen are renormalised. The code doubles what experts see
+unless `moe_use_mixtral_gating` or `moe_feature_no_mul_topk` says otherwise: a config that says
+neither is refused, because export could not write the doubled experts back as they were.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from moejax.checkpoint.config_reader import ConfigReader
+from moejax.checkpoint.decoder_config import decoder_config, read_attention, read_decoder, the_one
+from moejax.checkpoint.family import DECODER, DENSE, Family
+from moejax.checkpoint.rules import Rule, Transposed, transposed
+from moejax.models import DenseSpec, LayerSpec, ModelSpec
+from moejax.moe import (
+    LinearScores,
+    MoESpec,
+    RouterSpec,
+    Scores,
+    SoftmaxGates,
+    StandardisedScores,
+    TanhScores,
+    TopK,
+)
+
+_MOE = "model.layers.{l}.mlp.moe"
+_K = 2  # MOE_TOP_K of its code, in no config
+
+
+def _spec(config: ConfigReader) -> ModelSpec:
+    mixtral = config.flag("moe_use_mixtral_gating", False)
+    if not config.flag("moe_feature_no_mul_topk", False) and not mixtral:
+        config.refuse("moe_feature_no_mul_topk", "true: experts whose input is doubled are unknown")
+    experts, width = config.uniform("num_experts", 32), config.integer("intermediate_size")
+    scores: Scores = LinearScores()
+    if config.flag("moe_2layer_gate", True):
+        scores = TanhScores(hidden=8 * experts)
+    deviation = config.number("moe_gate_norm_std", 1.0)
+    if config.flag("moe_use_logits_norm", False):
+        scores = StandardisedScores(scores=scores, deviation=deviation, correction=1)
+    ffn = MoESpec(
+        experts=experts,
+        width=width,
+        router=RouterSpec(selector=TopK(k=_K), gates=SoftmaxGates(renormalise=True), scores=scores),
+        activation=config.activation(default="silu"),
+    )
+    mixer, dense = read_attention(config), DenseSpec(width=width, activation=ffn.activation)
+    every = config.integer("moe_expert_interval", 1)
+    if every < 1:
+        config.refuse("moe_expert_interval", "a number of at least 1")
+    return read_decoder(
+        config,
+        tuple(
+            LayerSpec(mixer=mixer, ffn=dense if (i + 1) % every else ffn)
+            for i in range(config.depth("num_hidden_layers"))
+        ),
+    )
+
+
+def _config(spec: ModelSpec) -> dict[str, Any]:
+    ffn = the_one(spec, "ffn", MoESpec)
+    scores = ffn.router.scores
+    normed = isinstance(scores, StandardisedScores)
+    return decoder_config(spec, ffn) | {
+        "num_experts": [ffn.experts],
+        "intermediate_size": ffn.width,
+        "moe_expert_interval": spec.moe_layers[0] + 1,
+        "moe_use_mixtral_gating": False,
+        "moe_feature_no_mul_topk": True,
+        "moe_2layer_gate": isinstance(scores.scores if normed else scores, TanhScores),
+        "moe_use_logits_norm": normed,
+        "moe_gate_norm_std": scores.deviation if normed else 1.0,
+    }
+
+
+def _two_layers(layer: LayerSpec) -> bool:
+    scores = layer.ffn.router.scores if isinstance(layer.ffn, MoESpec) else None
+    scores = scores.scores if isinstance(scores, StandardisedScores) else scores
+    return isinstance(scores, TanhScores)
+
+
+FAMILY = Family(
+    model_types=("skywork",),
+    architecture="",
+    spec=_spec,
+    config=_config,
+    rules=(
+        *DECODER,
+        *DENSE,
+        Rule(
+            "layers.{l}.moe.router.scores.kernel",
+            f"{_MOE}.gate.wg.2.weight",
+            Transposed(),
+            layers=_two_layers,
+        ),
+        *transposed(
+            {
+                "layers.{l}.moe.router.scores.hidden": f"{_MOE}.gate.wg.0.weight",
+                "layers.{l}.moe.router.scores.kernel": f"{_MOE}.gate.wg.weight",
+            }
+            | {
+                f"layers.{{l}}.moe.experts.{n}": f"{_MOE}.experts.experts.{{e}}.{n}_proj.weight"
+                for n in ("gate", "up", "down")
+            }
+        ),
+    ),
+)
