@@ -44,6 +44,7 @@ from moejax.moe.activations import (
     Elementwise,
     NestedSwiGLU,
     ReLU,
+    ScaledInput,
     SiLU,
 )
 from moejax.moe.experts import GatedExperts, GatedFFN, draw
@@ -98,6 +99,7 @@ __all__ = [
     "RouterZLoss",
     "Routing",
     "RoutingRule",
+    "ScaledInput",
     "Scores",
     "Selector",
     "SharedGate",

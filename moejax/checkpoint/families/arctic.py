@@ -1,9 +1,9 @@
 """Snowflake Arctic: in routed layers a dense feed-forward of the model's width beside the experts.
 
 Routed experts take the layer's input, the dense one what attention made of it; both are added.
-Config fields are read as the release's remote code has them (`parallel_attn_mlp_res`; `use_residual`
-is vLLM's name for it), names and formulas as vLLM's arctic.py. Gates are renormalised where a token
-has more than one expert. Nothing is dropped in evaluation (the fields on capacity are training's).
+Config fields are the release's (`parallel_attn_mlp_res`; vLLM has `use_residual` for it), names and
+formulas those of vLLM's arctic.py. Gates are renormalised where a token has more than one expert.
+Nothing is dropped in evaluation (the fields on capacity are training's).
 """
 
 from __future__ import annotations
@@ -71,7 +71,11 @@ FAMILY = Family(
     config=_config,
     rules=(
         Rule("layers.{l}.ffn_norm.scale", f"{_LAYER}.residual_layernorm.weight", layers=_parallel),
-        Rule("layers.{l}.moe_norm.scale", f"{_LAYER}.post_attention_layernorm.weight"),
+        Rule(
+            "layers.{l}.moe_norm.scale",
+            f"{_LAYER}.post_attention_layernorm.weight",
+            layers=_parallel,
+        ),
         *(
             Rule(
                 f"layers.{{l}}.ffn.{ours}",

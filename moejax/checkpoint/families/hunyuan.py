@@ -1,12 +1,12 @@
-"""Hunyuan-Large (arXiv:2411.02265): one routed and one shared expert, keys and values shared in depth.
+"""Hunyuan-Large (arXiv:2411.02265): one routed and one shared expert, keys shared between layers.
 
-Followed: models/modeling_hunyuan.py of Tencent-Hunyuan-Large (model_type "hunyuan"). A single chosen
-expert counts p itself, which transformers' hunyuan_v1_moe makes 1; of several, gates are p over
-their sum. In evaluation an expert has room for all tokens, so that nothing is recycled. Every
+Followed: models/modeling_hunyuan.py of Tencent-Hunyuan-Large (model_type "hunyuan"). A single
+chosen expert counts p itself, which transformers' hunyuan_v1_moe makes 1; of several, gates are p
+over their sum. In evaluation an expert has room for all tokens, so that nothing is recycled. Every
 cla_share_factor-th layer has keys and values; those above it read them as they were before the
-rotation, each with a norm of its own after it. Dynamic rotary scaling with `alpha` is a larger base,
-theta alpha^(w / (w - 2)), and goes out as one. The release rounds frequencies to bfloat16; here they
-are float32.
+rotation, each with a norm of its own after it. Dynamic rotary scaling with an `alpha` is a larger
+base, theta alpha^(w / (w - 2)), and goes out as one. The release rounds frequencies to bfloat16;
+here they are float32.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from moejax.models import (
     EarlierKV,
     LayerSpec,
     ModelSpec,
-    RotatedHeadNorm,
     Rope,
+    RotatedHeadNorm,
     SharedKV,
 )
 from moejax.moe import MoESpec, RouterSpec, SoftmaxGates, TopK

@@ -1,12 +1,12 @@
-"""Skywork-MoE (arXiv:2406.06563): a router of two layers whose logits are given a standard deviation.
+"""Skywork-MoE (arXiv:2406.06563): router logits of two layers, brought to a standard deviation.
 
 Config fields are those of the release's SkyworkMoeConfig (model_type "skywork"); names and the gate
-those of the layers that SkyworkAI's MoE-plus-plus shares with it, where a router is tanh between two
-matrices without bias, 8 E wide (the report's equation 6 has one matrix with a bias), and experts lie
-under `mlp.moe.experts.experts`. torch.std divides by E - 1; the mean that equation 7 takes away does
-not change a softmax. Gates of the two chosen are renormalised. The code doubles what experts see
-unless `moe_use_mixtral_gating` or `moe_feature_no_mul_topk` says otherwise: a config that says
-neither is refused, because export could not write the doubled experts back as they were.
+those of the layers that SkyworkAI's MoE-plus-plus shares with it: a router is tanh between two
+matrices without bias, 8 E wide (equation 6 of the report has one matrix with a bias), and experts
+lie under `mlp.moe.experts.experts`. torch.std divides by E - 1; the mean that equation 7 takes away
+does not change a softmax. Gates of the two chosen are renormalised. Experts see twice their input
+unless `moe_use_mixtral_gating` or `moe_feature_no_mul_topk` is true. A vLLM patched for its fp8
+files divides the deviation by itself, which makes all logits equal; this follows the report.
 """
 
 from __future__ import annotations
@@ -14,7 +14,13 @@ from __future__ import annotations
 from typing import Any
 
 from moejax.checkpoint.config_reader import ConfigReader
-from moejax.checkpoint.decoder_config import decoder_config, read_attention, read_decoder, the_one
+from moejax.checkpoint.decoder_config import (
+    activation_name,
+    decoder_config,
+    read_attention,
+    read_decoder,
+    the_one,
+)
 from moejax.checkpoint.family import DECODER, DENSE, Family
 from moejax.checkpoint.rules import Rule, Transposed, transposed
 from moejax.models import DenseSpec, LayerSpec, ModelSpec
@@ -22,6 +28,7 @@ from moejax.moe import (
     LinearScores,
     MoESpec,
     RouterSpec,
+    ScaledInput,
     Scores,
     SoftmaxGates,
     StandardisedScores,
@@ -34,9 +41,10 @@ _K = 2  # MOE_TOP_K of its code, in no config
 
 
 def _spec(config: ConfigReader) -> ModelSpec:
-    mixtral = config.flag("moe_use_mixtral_gating", False)
-    if not config.flag("moe_feature_no_mul_topk", False) and not mixtral:
-        config.refuse("moe_feature_no_mul_topk", "true: experts whose input is doubled are unknown")
+    plain = config.activation(default="silu")
+    once = [
+        config.flag(field, False) for field in ("moe_use_mixtral_gating", "moe_feature_no_mul_topk")
+    ]
     experts, width = config.uniform("num_experts", 32), config.integer("intermediate_size")
     scores: Scores = LinearScores()
     if config.flag("moe_2layer_gate", True):
@@ -48,9 +56,9 @@ def _spec(config: ConfigReader) -> ModelSpec:
         experts=experts,
         width=width,
         router=RouterSpec(selector=TopK(k=_K), gates=SoftmaxGates(renormalise=True), scores=scores),
-        activation=config.activation(default="silu"),
+        activation=plain if any(once) else ScaledInput(factor=float(_K), activation=plain),
     )
-    mixer, dense = read_attention(config), DenseSpec(width=width, activation=ffn.activation)
+    mixer, dense = read_attention(config), DenseSpec(width=width, activation=plain)
     every = config.integer("moe_expert_interval", 1)
     if every < 1:
         config.refuse("moe_expert_interval", "a number of at least 1")
@@ -65,14 +73,15 @@ def _spec(config: ConfigReader) -> ModelSpec:
 
 def _config(spec: ModelSpec) -> dict[str, Any]:
     ffn = the_one(spec, "ffn", MoESpec)
-    scores = ffn.router.scores
-    normed = isinstance(scores, StandardisedScores)
-    return decoder_config(spec, ffn) | {
+    scores, activation = ffn.router.scores, ffn.activation
+    normed, doubled = isinstance(scores, StandardisedScores), isinstance(activation, ScaledInput)
+    return decoder_config(spec, None) | {
+        "hidden_act": activation_name(activation.activation if doubled else activation),
         "num_experts": [ffn.experts],
         "intermediate_size": ffn.width,
         "moe_expert_interval": spec.moe_layers[0] + 1,
         "moe_use_mixtral_gating": False,
-        "moe_feature_no_mul_topk": True,
+        "moe_feature_no_mul_topk": not doubled,
         "moe_2layer_gate": isinstance(scores.scores if normed else scores, TanhScores),
         "moe_use_logits_norm": normed,
         "moe_gate_norm_std": scores.deviation if normed else 1.0,

@@ -1,8 +1,8 @@
 """Yuan 2.0-M32 (arXiv:2405.17976): attention among experts as router, localized filtering.
 
 Followed: yuan_moe_hf_model.py of IEIT-Yuan/Yuan2.0-M32 (model_type "yuan"). Queries and keys come
-from the filtered input. The release keeps them in one matrix of heads q k q k ..., of which q_proj
-is the upper half and k_proj the lower: q_proj holds queries AND keys of the first half of the heads.
+from the filtered input. The release has one matrix of heads q k q k ..., of which q_proj is the
+upper half and k_proj the lower: q_proj holds queries and keys of the first half of the heads.
 Rotary positions turn hidden_size / heads dimensions of each head, which attention_projection_size
 makes wider. The release rounds rotary angles to bfloat16; here they are float32. With
 `norm_topk_prob` gates are the softmax over the chosen experts (vLLM's top-k before softmax).
@@ -63,7 +63,7 @@ class HeadsInTurn:
 
 @dataclasses.dataclass(frozen=True)
 class PairOfTokens:
-    """A torch Conv2d of kernel (2, 1), [N, K, 2, 1], is a matrix [2 K, N]: the token before first."""
+    """A torch Conv2d of kernel (2, 1), [N, K, 2, 1], is [2 K, N] here: the token before first."""
 
     def forward(self, x: np.ndarray, place: Place) -> np.ndarray:
         return x[..., 0].transpose(2, 1, 0).reshape(-1, x.shape[0])

@@ -1,4 +1,4 @@
-"""Snowflake Arctic: experts of the layer's input beside a dense feed-forward of what attention made."""
+"""Snowflake Arctic: experts of the layer's input beside a dense feed-forward after attention."""
 
 from tests.parity.references import parts as p
 
@@ -7,12 +7,12 @@ CONFIG = {
     "vocab_size": 97,
     "hidden_size": 36,
     "intermediate_size": 20,
-    "num_hidden_layers": 4,
+    "num_hidden_layers": 3,
     "num_attention_heads": 6,
     "num_key_value_heads": 2,
     "num_local_experts": 7,
     "num_experts_per_tok": 3,
-    "moe_layer_frequency": 2,
+    "moe_layer_frequency": 1,
     "parallel_attn_mlp_res": True,
     "hidden_act": "silu",
     "rms_norm_eps": 1e-5,

@@ -7,7 +7,7 @@ CONFIG = {
     "vocab_size": 97,
     "hidden_size": 36,
     "intermediate_size": 20,
-    "num_hidden_layers": 5,
+    "num_hidden_layers": 3,
     "num_attention_heads": 6,
     "num_key_value_heads": 2,
     "num_experts": 7,

@@ -1,5 +1,6 @@
 """OpenMoE's port: nested SwiGLU, room for so many tokens per expert, a second feed-forward."""
 
+import itertools
 import math
 
 import numpy as np
@@ -12,7 +13,7 @@ CONFIG = {
     "vocab_size": 97,
     "hidden_size": 36,
     "intermediate_size": 20,
-    "num_hidden_layers": 4,
+    "num_hidden_layers": 3,
     "num_attention_heads": 6,
     "num_key_value_heads": 6,
     "head_dim": 8,
@@ -85,12 +86,11 @@ def experts(c, t, at, u_TxD):
 
 def logits_of_batch(c, t, tokens_BxS, cuts):
     """cuts: where the texts are cut; what lies between two cuts is routed together."""
-    B, S = tokens_BxS.shape
     x, eps = t["model.embed_tokens.weight"][tokens_BxS], c["rms_norm_eps"]
     H, G = c["num_attention_heads"], c["num_key_value_heads"]
     for i in range(c["num_hidden_layers"]):
         at = f"model.layers.{i}"
-        for b in range(B):
+        for b in range(len(x)):
             u = p.rms_norm(x[b], t[f"{at}.input_layernorm.weight"], eps)
             q, k, v = (u @ t[f"{at}.self_attn.{n}_proj.weight"].T for n in "qkv")
             q, k, v = p.heads(q, H), p.heads(k, G), p.heads(v, G)
@@ -100,7 +100,7 @@ def logits_of_batch(c, t, tokens_BxS, cuts):
         if not is_routed(c, i):
             x = x + dense(t, f"{at}.mlp", u)
             continue
-        for first, last in zip(cuts, cuts[1:], strict=False):
+        for first, last in itertools.pairwise(cuts):
             part = u[:, first:last]
             y = experts(c, t, f"{at}.mlp", part.reshape(-1, part.shape[-1]))
             x[:, first:last] += y.reshape(part.shape)

@@ -1,4 +1,4 @@
-"""Skywork-MoE: logits of a two-layer gate, brought to a standard deviation; two experts, summing to 1."""
+"""Skywork-MoE: logits of two layers, brought to a deviation; experts see twice their input."""
 
 import numpy as np
 
@@ -9,16 +9,16 @@ CONFIG = {
     "vocab_size": 97,
     "hidden_size": 36,
     "intermediate_size": 20,
-    "num_hidden_layers": 4,
+    "num_hidden_layers": 3,
     "num_attention_heads": 6,
     "num_key_value_heads": 6,
     "num_experts": [7],
-    "moe_expert_interval": 2,
+    "moe_expert_interval": 1,
     "moe_use_mixtral_gating": False,
     "moe_2layer_gate": True,
     "moe_use_logits_norm": True,
     "moe_gate_norm_std": 1.5,
-    "moe_feature_no_mul_topk": True,
+    "moe_feature_no_mul_topk": False,
     "hidden_act": "silu",
     "rms_norm_eps": 1e-6,
     "rope_theta": 10000.0,
@@ -63,6 +63,7 @@ def scores(c, t, at, u):
 
 def logits(c, t, text):
     x, eps = t["model.embed_tokens.weight"][text], c["rms_norm_eps"]
+    times = 1 if c["moe_use_mixtral_gating"] or c["moe_feature_no_mul_topk"] else 2
     for i in range(c["num_hidden_layers"]):
         at = f"model.layers.{i}"
         u = p.rms_norm(x, t[f"{at}.input_layernorm.weight"], eps)
@@ -77,6 +78,6 @@ def logits(c, t, text):
             weight = p.softmax(scores(c, t, f"{at}.mlp.moe.gate", u))
             best = p.chosen(weight, 2)
             for e in best:
-                y = p.ffn(t, f"{at}.mlp.moe.experts.experts.{e}", u)
+                y = p.ffn(t, f"{at}.mlp.moe.experts.experts.{e}", times * u)
                 x[s] += weight[e] / weight[best].sum() * y
     return p.rms_norm(x, t["model.norm.weight"], eps) @ t["lm_head.weight"].T
