@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import tempfile
@@ -13,8 +14,13 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from moejax.checkpoint import Imported, export_model, import_model
+from moejax.checkpoint import Imported, export_model, family_of, import_model
+from moejax.checkpoint.config_reader import ConfigReader
+from moejax.checkpoint.importing import read_spec
+from moejax.core import CheckpointError
 from moejax.files import open_tensors
 from moejax.moe import Dropless
 from tests.checkpoint.hf_folders import write_folder
@@ -201,6 +207,20 @@ def test_variants_of_a_config_do_too(case, tmp_path):
     found = _exported(pair, tmp_path)
     for name, tensor in found.items():
         np.testing.assert_array_equal(tensor.read(), pair.tensors[name], err_msg=name)
+
+
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3)
+VALUES = SCALARS | st.lists(SCALARS, max_size=2) | st.dictionaries(st.text(max_size=3), SCALARS)
+
+
+@given(case=st.sampled_from(CASES), data=st.data())
+@settings(max_examples=300, deadline=None)
+def test_any_config_gives_a_spec_or_a_named_error(case, data):
+    """Catches a division by a size that is zero, a list where a number was meant, a raw error."""
+    names = st.sampled_from(sorted(set(case.config) - {"model_type", "architectures"}))
+    changed = case.config | data.draw(st.dictionaries(names, VALUES, min_size=1, max_size=3))
+    with contextlib.suppress(CheckpointError):
+        read_spec(family_of(changed), ConfigReader(changed))
 
 
 def _exported(pair: Both, folder: Path):

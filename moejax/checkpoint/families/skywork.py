@@ -74,17 +74,21 @@ def _spec(config: ConfigReader) -> ModelSpec:
 def _config(spec: ModelSpec) -> dict[str, Any]:
     ffn = the_one(spec, "ffn", MoESpec)
     scores, activation = ffn.router.scores, ffn.activation
-    normed, doubled = isinstance(scores, StandardisedScores), isinstance(activation, ScaledInput)
+    deviation, doubled = None, False
+    if isinstance(scores, StandardisedScores):
+        scores, deviation = scores.scores, scores.deviation
+    if isinstance(activation, ScaledInput):
+        activation, doubled = activation.activation, True
     return decoder_config(spec, None) | {
-        "hidden_act": activation_name(activation.activation if doubled else activation),
+        "hidden_act": activation_name(activation),
         "num_experts": [ffn.experts],
         "intermediate_size": ffn.width,
         "moe_expert_interval": spec.moe_layers[0] + 1,
         "moe_use_mixtral_gating": False,
         "moe_feature_no_mul_topk": not doubled,
-        "moe_2layer_gate": isinstance(scores.scores if normed else scores, TanhScores),
-        "moe_use_logits_norm": normed,
-        "moe_gate_norm_std": scores.deviation if normed else 1.0,
+        "moe_2layer_gate": isinstance(scores, TanhScores),
+        "moe_use_logits_norm": deviation is not None,
+        "moe_gate_norm_std": 1.0 if deviation is None else deviation,
     }
 
 

@@ -87,7 +87,8 @@ GATE_UP_DOWN = ("gate_proj", "up_proj", "down_proj")
 
 
 def ffn(t, at, x, names=GATE_UP_DOWN, act=silu):
-    return gated(x, *(t[f"{at}.{name}.weight"] for name in names), act)
+    gate, up, down = (t[f"{at}.{name}.weight"] for name in names)
+    return gated(x, gate, up, down, act)
 
 
 def attention_shapes(at, width, count, kv_count, head_width):
