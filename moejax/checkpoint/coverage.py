@@ -24,7 +24,7 @@ _EMBED, _HEAD = "embed", "head"
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Where one parameter comes from: part `index` of the rule's tensors, one or one per expert.
+    """Where one parameter comes from: part `index` of the rule's tensors, or of each expert's.
 
     shape: of the parameter. sizes: last axes of all parameters that share the rule.
     """
@@ -117,7 +117,7 @@ def _source(
     """The first rule with this parameter whose tensor is in the files."""
     absent: str | None = None
     for rule in rules:
-        if (found := rule.match(name)) is None:
+        if (found := rule.match(name)) is None or not rule.applies(Place(spec, found[1])):
             continue
         source = bind(name, shapes, spec, rule, *found)
         missing = [tensor for tensor in source.tensors if tensor not in tensors]
@@ -154,14 +154,15 @@ def bind(
                 "Its config and its files belong to different models.",
             )
     experts = range(shapes[name][0]) if rule.named_experts else (0,)
+    place = Place(spec, layer)
     return Source(
         parameter=name,
         shape=shapes[name],
         rule=rule,
         index=index,
-        place=Place(spec, layer),
+        place=place,
         sizes=tuple(shapes[other][-1] for other in together),
-        tensors=tuple(rule.tensor.format(l=layer, e=e) for e in experts),
+        tensors=tuple(t.format(l=place.block, e=e) for e in experts for t in rule.tensors),
     )
 
 
@@ -169,7 +170,9 @@ def tensor_shape(source: Source, shapes: Mapping[str, tuple[int, ...]]) -> tuple
     """Shape of each of the source's tensors in the files."""
     together = [shapes[p.format(l=source.place.layer)] for p in source.rule.parameters]
     if not source.rule.of_experts:
-        return source.rule.shape(together, source.place)
+        whole = source.rule.shape(together, source.place)
+        parts = len(source.rule.tensors)
+        return whole if parts == 1 else (whole[0] // parts, *whole[1:])
     one = source.rule.shape([shape[1:] for shape in together], source.place)
     if source.rule.named_experts:
         return one
@@ -199,7 +202,7 @@ def _excuse(name: str, spec: ModelSpec, family: Family) -> tuple[str, str]:
     """(use, reason) of a tensor that no parameter needs; an empty use if there is none."""
     if spec.tie_embeddings:
         for rule in family.rules:
-            if _HEAD in rule.parameters and matched(rule.tensor, name) is not None:
+            if _HEAD in rule.parameters and matched(rule.tensors[0], name) is not None:
                 return "tied", f"equal to {_EMBED}"
     for ignored in family.ignored:
         if ignored.match(name, len(spec.layers)):

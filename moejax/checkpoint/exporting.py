@@ -24,6 +24,7 @@ from moejax.checkpoint.families import families
 from moejax.checkpoint.family import Family
 from moejax.checkpoint.importing import CONFIG, read_spec
 from moejax.checkpoint.manifest import on_host, spec_difference
+from moejax.checkpoint.rules import Place
 from moejax.core import CheckpointError
 from moejax.core.atomic import write_json
 from moejax.files import new_folder, write_safetensors
@@ -99,15 +100,16 @@ def export_model(
 
 
 def family_for(spec: ModelSpec) -> Family:
-    """The first family, by name, that can express a model; CheckpointError if there is none."""
-    for family in dict.fromkeys(families().values()):
+    """The first family, by name, that can express a model, those that transformers loads before
+    others; CheckpointError if there is none."""
+    for family in sorted(dict.fromkeys(families().values()), key=lambda f: not f.architecture):
         try:
             described(spec, family)
         except CheckpointError:
             continue
         return family
     raise CheckpointError(
-        "no family of transformers that moejax knows has such models.",
+        "no family that moejax knows has such models.",
         "Name the family it should be, to be told what is in the way.",
     )
 
@@ -146,7 +148,7 @@ def _planned(
         if name in done:
             continue
         for rule in family.rules:
-            if (found := rule.match(name)) is not None:
+            if (found := rule.match(name)) and rule.applies(Place(spec, found[1])):
                 source = bind(name, shapes, spec, rule, *found)
                 break
         else:
@@ -158,11 +160,10 @@ def _planned(
         values = [named[parameter] for parameter in together]
         kind = np.dtype(np.float32) if ".selector." in name else dtype
         shape = tensor_shape(source, shapes)
-        for expert, tensor in enumerate(source.tensors):
-            which = expert if source.rule.named_experts else None
+        for which, tensor in enumerate(source.tensors):
 
             def make(
-                source: Source = source, values: list[Any] = values, which: int | None = which,
+                source: Source = source, values: list[Any] = values, which: int = which,
                 kind: np.dtype = kind, tensor: str = tensor,
             ) -> np.ndarray:  # fmt: skip
                 return _finite(tensor, _made(source, values, which).astype(kind, copy=False))
@@ -170,14 +171,15 @@ def _planned(
             yield _Planned(tensor, shape, kind, make)
 
 
-def _made(source: Source, values: Sequence[Any], expert: int | None) -> np.ndarray:
-    """One tensor of a rule from its parameters: of one expert, of all, or of none."""
+def _made(source: Source, values: Sequence[Any], which: int) -> np.ndarray:
+    """Tensor `which` of a rule from its parameters: of one expert, of all, or of none."""
     rule = source.rule
     if not rule.of_experts:
-        return rule.inverse([_plain(value) for value in values], source.place)
-    experts = range(source.shape[0]) if expert is None else (expert,)
+        whole = rule.inverse([_plain(value) for value in values], source.place)
+        return np.split(whole, len(rule.tensors))[which] if len(rule.tensors) > 1 else whole
+    experts = (which,) if rule.named_experts else range(source.shape[0])
     made = [rule.inverse([_plain(_expert(v, e)) for v in values], source.place) for e in experts]
-    if expert is not None:
+    if rule.named_experts:
         return made[0]
     return np.concatenate(made) if rule.joined else np.stack(made)
 

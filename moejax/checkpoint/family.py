@@ -24,6 +24,8 @@ class Family:
     result is read back, so it checks nothing itself.
     rules: ordered. A parameter comes from the first rule that has its name and whose tensor is in
     the files; it goes out by the first that has its name.
+    classes: names in config.json's `architectures` that make it this family's whatever model_type
+    says: remote code that was built on another family's config.
     ignored: tensors that the files of this family hold and the model does not need.
     """
 
@@ -33,6 +35,7 @@ class Family:
     config: Callable[[ModelSpec], dict[str, Any]]
     rules: tuple[Rule, ...]
     ignored: tuple[Ignored, ...] = (ROTARY,)
+    classes: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:

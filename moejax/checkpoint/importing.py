@@ -193,7 +193,9 @@ class _Reader:
         """Reads one matrix or vector, of one expert where there are any, casts and checks it."""
         rule = source.rule
         tensor = self.tensors[source.tensors[expert or 0 if rule.named_experts else 0]]
-        if expert is None or rule.named_experts:
+        if len(source.tensors) > 1 and expert is None:
+            x = np.concatenate([self.tensors[name].read() for name in source.tensors])
+        elif expert is None or rule.named_experts:
             x = tensor.read()
         else:
             rows = tensor.shape[0] // source.shape[0]

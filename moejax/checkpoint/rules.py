@@ -6,20 +6,21 @@ A rule pairs parameter names with one tensor name of a file, both with `{l}` for
 
 Where the tensor's name has `{e}`, each expert has a tensor of its own; parameters below
 `moe.experts` otherwise come from one tensor that leads with the experts' axis. Several parameters
-in one rule lie side by side in one tensor. Whatever a rule reads it can write: every step is
-invertible. Steps see one expert at a time, without its axis, so that a bank never exists twice.
+in one rule lie side by side in one tensor; several tensors in one rule are equal parts of one, cut
+along its first axis. Whatever a rule reads it can write: every step is invertible. Steps see one
+expert at a time, without its axis, so that a bank never exists twice.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
-from moejax.models import AttentionSpec, ModelSpec
+from moejax.models import AttentionSpec, LayerSpec, ModelSpec
 
 _EXPERTS = ".moe.experts."
 
@@ -30,6 +31,15 @@ class Place:
 
     spec: ModelSpec
     layer: int | None
+
+    @property
+    def block(self) -> int | None:
+        """The layer's number in the files: one without a mixer belongs to the block below it, as
+        its second feed-forward (OpenMoE)."""
+        if self.layer is None:
+            return None
+        below = self.spec.layers[: self.layer + 1]
+        return sum(layer.mixer is not None for layer in below) - 1
 
 
 class Step(Protocol):
@@ -109,28 +119,43 @@ class Interleaved:
 
 
 class Rule:
-    """Parameters <-> one tensor of a file. Immutable.
+    """Parameters <-> one tensor of a file, or several that make one. Immutable.
 
     parameters: one name pattern, or several that share the tensor. steps: from the file to moejax,
     in order. split: how several parameters share it. joined: experts follow each other along the
-    leading axis of the tensor, [E * F, D], instead of having an axis of their own.
+    leading axis of the tensor, [E * F, D], instead of having an axis of their own. layers: which
+    layers the rule is for, where a parameter's tensor depends on it; None for all.
     """
 
     def __init__(
         self,
         parameters: str | tuple[str, ...],
-        tensor: str,
+        tensor: str | tuple[str, ...],
         *steps: Step,
         split: Split = Consecutive(),
         joined: bool = False,
+        layers: Callable[[LayerSpec], bool] | None = None,
     ):
         self.parameters = (parameters,) if isinstance(parameters, str) else parameters
-        self.tensor, self.steps, self.split, self.joined = tensor, steps, split, joined
+        self.tensors = (tensor,) if isinstance(tensor, str) else tensor
+        self.steps, self.split, self.joined, self.layers = steps, split, joined, layers
         self.of_experts = _EXPERTS in self.parameters[0]
-        self.named_experts = "{e}" in tensor
+        self.named_experts = "{e}" in self.tensors[0]
+        assert len(self.tensors) == 1 or not self.of_experts, "experts lie in one tensor, or each"
 
     def __repr__(self) -> str:
         return f"Rule({' + '.join(self.parameters)} <-> {self.tensor})"
+
+    @property
+    def tensor(self) -> str:
+        """The tensor's name pattern, or those of all that make it."""
+        return " + ".join(self.tensors)
+
+    def applies(self, place: Place) -> bool:
+        """Whether the rule is for the layer that stands there."""
+        if self.layers is None or place.layer is None:
+            return True
+        return self.layers(place.spec.layers[place.layer])
 
     def match(self, name: str) -> tuple[int, int | None] | None:
         """(which of the rule's parameters `name` is, its layer); None if it is none of them."""

@@ -34,7 +34,7 @@ from moejax.moe.rules import (
 )
 
 # Dispatch
-from moejax.moe.dispatch import Capacity, Dense, Dispatch, Dropless, Plan
+from moejax.moe.dispatch import Capacity, ChoiceCapacity, Dense, Dispatch, Dropless, Plan
 
 # Experts and the layer
 from moejax.moe.activations import (
@@ -44,6 +44,7 @@ from moejax.moe.activations import (
     Elementwise,
     NestedSwiGLU,
     ReLU,
+    ScaledInput,
     SiLU,
 )
 from moejax.moe.experts import GatedExperts, GatedFFN, draw
@@ -66,6 +67,7 @@ __all__ = [
     "AttentionScores",
     "BiasedTopK",
     "Capacity",
+    "ChoiceCapacity",
     "ChosenSoftmaxGates",
     "ClampedSwiGLU",
     "Dense",
@@ -97,6 +99,7 @@ __all__ = [
     "RouterZLoss",
     "Routing",
     "RoutingRule",
+    "ScaledInput",
     "Scores",
     "Selector",
     "SharedGate",

@@ -86,6 +86,27 @@ class ClampedSwiGLU:
 
 
 @spec
+class ScaledInput:
+    """`activation` of an input times `factor`: both projections, being linear, grow by it.
+
+    Skywork-MoE's code doubles what its experts see, though not what its router sees.
+    """
+
+    factor: float
+    activation: Activation = SiLU()
+
+    def check(self) -> None:
+        check_that(self.factor > 0, self, "factor", "Skywork-MoE has 2; 1 needs no ScaledInput.")
+
+    @property
+    def gate_blocks(self) -> int:
+        return self.activation.gate_blocks
+
+    def gated(self, gate_RxG: Array, up_RxF: Array) -> Array:
+        return self.activation.gated(self.factor * gate_RxG, self.factor * up_RxF)
+
+
+@spec
 class NestedSwiGLU:
     """hidden = z_1 * silu(z_2) * up, the gate projection [z_1, z_2] being 2 F wide: OpenMoE.
 

@@ -2,7 +2,8 @@
 
 `plan(routing, expert_A, experts)` sorts once; the plan then scatters tokens to rows and gathers
 rows to tokens. `Dense` is the oracle: every expert sees every token. `Dropless` is the default.
-`Capacity` drops what an expert has no room for and counts it (arXiv:2006.16668, arXiv:2101.03961).
+`Capacity` and `ChoiceCapacity` drop what an expert has no room for and count it (arXiv:2101.03961,
+arXiv:2006.16668).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from moejax_kernels.permute import permute, unpermute
-from moejax_kernels.route import sort_by_expert
+from moejax_kernels.route import Order, sort_by_expert
 
 from moejax.core import check_that, spec
 from moejax.moe.routing import STATIC, Routing
@@ -178,27 +179,57 @@ class Capacity:
 
     def plan(self, routing: Routing, expert_A: Array, experts: int) -> SortedPlan:
         order = sort_by_expert(expert_A, experts, valid_A=routing.valid_A)
-        A = expert_A.size
-        C = min(A, math.ceil(self.factor * A / experts))
-        counts_E = order.group_sizes_E
-        first_E = jnp.cumsum(counts_E) - counts_E
-        expert_R = jnp.repeat(jnp.arange(experts), C)
-        place_R = jnp.tile(jnp.arange(C), experts)
-        filled_R = place_R < counts_E[expert_R]
-        assignment_R = jnp.where(
-            filled_R, order.order_A[jnp.minimum(first_E[expert_R] + place_R, A - 1)], A
-        )
-        place_A = order.place_A - first_E[expert_A]
-        kept_A = routing.valid_A & (place_A < C)
-        return SortedPlan(
-            group_sizes_E=jnp.full(experts, C, jnp.int32),
-            token_R=routing.token_A[jnp.minimum(assignment_R, A - 1)],
-            gate_A=routing.gate_A,
-            valid_R=filled_R,
-            dropped=jnp.sum(jnp.maximum(counts_E - C, 0)),
-            assignment_R=assignment_R,
-            row_A=jnp.where(kept_A, expert_A * C + place_A, experts * C),
-            token_A=routing.token_A,
-            tokens=routing.tokens,
-            per_token=routing.per_token,
-        )
+        C = min(expert_A.size, math.ceil(self.factor * expert_A.size / experts))
+        return _limited(routing, expert_A, C, order)
+
+
+@spec
+class ChoiceCapacity:
+    """Capacity where every first choice has its row before any second one (arXiv:2006.16668).
+
+    C = floor(factor * A / E), made even, and at least `least`: OpenMoE's port (arXiv:2402.01739).
+    """
+
+    factor: float = 2.0
+    least: int = 4
+
+    def check(self) -> None:
+        check_that(self.factor > 0, self, "factor", "1.0 fits perfect balance only; try 2.0.")
+        check_that(self.least >= 1, self, "least", "An expert needs room for at least one row.")
+
+    def plan(self, routing: Routing, expert_A: Array, experts: int) -> SortedPlan:
+        A, K = expert_A.size, routing.per_token or 1
+        C = math.floor(self.factor * A / experts)
+        C = min(A, max(C + C % 2, self.least))
+        queue_A = jnp.arange(A, dtype=jnp.int32).reshape(-1, K).T.reshape(-1)
+        turn_A = jnp.arange(A, dtype=jnp.int32).reshape(K, -1).T.reshape(-1)  # undoes queue_A
+        queued = sort_by_expert(expert_A[queue_A], experts, valid_A=routing.valid_A[queue_A])
+        order = queued._replace(order_A=queue_A[queued.order_A], place_A=queued.place_A[turn_A])
+        return _limited(routing, expert_A, C, order)
+
+
+def _limited(routing: Routing, expert_A: Array, C: int, order: Order) -> SortedPlan:
+    """C rows per expert, for the first of its assignments in the order."""
+    counts_E = order.group_sizes_E
+    A, experts = expert_A.size, counts_E.size
+    first_E = jnp.cumsum(counts_E) - counts_E
+    expert_R = jnp.repeat(jnp.arange(experts), C)
+    place_R = jnp.tile(jnp.arange(C), experts)
+    filled_R = place_R < counts_E[expert_R]
+    assignment_R = jnp.where(
+        filled_R, order.order_A[jnp.minimum(first_E[expert_R] + place_R, A - 1)], A
+    )
+    place_A = order.place_A - first_E[expert_A]
+    kept_A = routing.valid_A & (place_A < C)
+    return SortedPlan(
+        group_sizes_E=jnp.full(experts, C, jnp.int32),
+        token_R=routing.token_A[jnp.minimum(assignment_R, A - 1)],
+        gate_A=routing.gate_A,
+        valid_R=filled_R,
+        dropped=jnp.sum(jnp.maximum(counts_E - C, 0)),
+        assignment_R=assignment_R,
+        row_A=jnp.where(kept_A, expert_A * C + place_A, experts * C),
+        token_A=routing.token_A,
+        tokens=routing.tokens,
+        per_token=routing.per_token,
+    )

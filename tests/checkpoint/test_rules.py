@@ -5,13 +5,15 @@ import dataclasses
 
 import numpy as np
 import pytest
+from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moejax.checkpoint.config_reader import ConfigReader
 from moejax.checkpoint.coverage import cover
-from moejax.checkpoint.families import families
-from moejax.checkpoint.importing import read_spec
+from moejax.checkpoint.exporting import export_model
+from moejax.checkpoint.families import families, family_of
+from moejax.checkpoint.importing import load_tensors, read_spec
 from moejax.checkpoint.rules import (
     Consecutive,
     Ignored,
@@ -22,7 +24,12 @@ from moejax.checkpoint.rules import (
     Transposed,
 )
 from moejax.core import CheckpointError
+from moejax.files import open_tensors
+from moejax.models import AttentionSpec, DecoderLM, DenseSpec, LayerSpec, ModelSpec, parameters
 from tests.checkpoint.hf_folders import MIXTRAL, W
+
+BLOCK = LayerSpec(mixer=AttentionSpec(heads=2, kv_heads=1, head_width=4), ffn=None)
+SECOND = LayerSpec(mixer=None, ffn=DenseSpec(width=4))
 
 
 @pytest.fixture(scope="module")
@@ -85,11 +92,54 @@ def test_names_are_matched_whole():
         assert rule.match(name) is None
 
 
+def test_a_rule_may_be_for_some_layers_only():
+    """Catches a second feed-forward read, or written, under the name of the first."""
+    spec = ModelSpec(vocab=9, width=8, layers=(BLOCK, SECOND))
+    rule = Rule("layers.{l}.ffn.up", "t.{l}", layers=lambda layer: layer.mixer is None)
+    assert [rule.applies(Place(spec, i)) for i in (0, 1, None)] == [False, True, True]
+
+
+def test_a_layer_without_mixer_has_the_number_of_the_block_below():
+    """Catches blocks numbered as layers where a block of the files is two layers here."""
+    spec = ModelSpec(vocab=9, width=8, layers=(BLOCK, BLOCK, SECOND, BLOCK, SECOND, BLOCK))
+    assert [Place(spec, i).block for i in range(6)] == [0, 1, 1, 2, 2, 3]
+    assert Place(spec, None).block is None
+
+
+def test_several_tensors_are_parts_of_one(tmp_path, place):
+    """Catches parts read in the wrong order, or only the first of them read or written."""
+    both = Rule(
+        ("layers.{l}.attention.q", "layers.{l}.attention.k"), ("a.{l}", "b.{l}"), Transposed()
+    )
+    mixtral = families()["mixtral"]
+    family = dataclasses.replace(mixtral, rules=(both, *mixtral.rules))
+    model = DecoderLM(place.spec, rngs=nnx.Rngs(0))
+    export_model(tmp_path / "out", model, family=family)
+    found, before = open_tensors(tmp_path / "out"), parameters(model)
+    whole = np.concatenate([found["a.1"].read(), found["b.1"].read()])
+    expected = [np.asarray(before[f"layers.1.attention.{n}"]).T for n in "qk"]
+    np.testing.assert_array_equal(whole, np.concatenate(expected))
+    coverage = cover(place.spec, family, found)
+    again = parameters(load_tensors(place.spec, coverage, found))
+    for name, value in before.items():
+        np.testing.assert_array_equal(again[name], value, err_msg=name)
+
+
+def test_a_class_built_on_another_config_is_known_by_its_name():
+    """Catches OpenMoE, whose config says llama, read as a llama."""
+    config = {"model_type": "llama", "architectures": ["OpenMoeForCausalLM"]}
+    assert family_of(config).name == "openmoe"
+    for classes in (None, "OpenMoeForCausalLM", [{}], ["LlamaForCausalLM"]):
+        assert family_of(config | {"architectures": classes}).name == "llama"
+
+
 @pytest.mark.parametrize("family", dict.fromkeys(families().values()), ids=lambda f: f.name)
 def test_no_two_rules_share_a_tensor(family):
     """Catches a family that writes one tensor twice: the later would replace the earlier."""
-    names = [rule.tensor for rule in family.rules]
-    assert len(set(names)) == len(names)
+    for some in (False, True):  # one for all layers and one for some of them may
+        rules = [rule for rule in family.rules if (rule.layers is not None) == some]
+        names = [tensor for rule in rules for tensor in rule.tensors]
+        assert len(set(names)) == len(names)
 
 
 @pytest.mark.parametrize(

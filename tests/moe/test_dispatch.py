@@ -17,6 +17,7 @@ from moejax.moe import (
     AttentionScores,
     BiasedTopK,
     Capacity,
+    ChoiceCapacity,
     ChosenSoftmaxGates,
     ClampedSwiGLU,
     Dense,
@@ -146,12 +147,13 @@ def test_every_kind_of_expert_equals_dense(name, dispatch):
         np.testing.assert_allclose(got, expected, atol=2e-5)
 
 
-def test_capacity_with_room_equals_dense():
+@pytest.mark.parametrize(("kind", "name"), [(Capacity, "switch"), (ChoiceCapacity, "softmax_topk")])
+def test_capacity_with_room_equals_dense(kind, name):
     """Catches empty capacity rows that leak into outputs or gradients."""
     x_TxD = jax.random.normal(jax.random.key(1), (T, D))
     mask_T = jnp.arange(T) < 17
-    oracle, oracle_grads = run(Dense(), ROUTERS["switch"], x_TxD, mask_T)
-    y_TxD, grads = run(Capacity(factor=float(E)), ROUTERS["switch"], x_TxD, mask_T)
+    oracle, oracle_grads = run(Dense(), ROUTERS[name], x_TxD, mask_T)
+    y_TxD, grads = run(kind(factor=float(E)), ROUTERS[name], x_TxD, mask_T)
     np.testing.assert_allclose(y_TxD, oracle, atol=2e-6)
     for got, expected in zip(grads, oracle_grads, strict=True):
         np.testing.assert_allclose(got, expected, atol=1e-5)
@@ -198,6 +200,35 @@ def test_capacity_counts_and_keeps_in_token_order(data):
     for a in kept:
         expected[a // k] += gate.reshape(-1)[a]
     np.testing.assert_allclose(y_TxD, expected, rtol=1e-6)
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_first_choices_have_rows_before_second_ones(data):
+    """Catches token order, in which an early token's second choice takes a later one's first."""
+    tokens, k = 9, 2
+    draw = st.lists(st.permutations(range(4)), min_size=tokens, max_size=tokens)
+    expert = np.array(data.draw(draw))[:, :k]
+    valid = np.array(data.draw(st.lists(st.booleans(), min_size=tokens * k, max_size=tokens * k)))
+    gate = np.arange(1, tokens * k + 1, dtype=np.float32).reshape(tokens, k)
+    routing = assignments(expert, valid.reshape(tokens, k), gate)
+    for factor, least, room in ((0.5, 1, 2), (0.7, 1, 4), (0.5, 3, 3), (9.0, 1, 18)):
+        plan = ChoiceCapacity(factor=factor, least=least).plan(routing, routing.expert_A, 4)
+        assert plan.group_sizes_E.tolist() == [room] * 4  # 18 * 0.7 / 4 = 3.15: 3, made even
+        taken, expected, dropped = [0] * 4, np.zeros((tokens, 1)), 0
+        for choice in range(k):
+            for token in range(tokens):
+                if not valid[token * k + choice]:
+                    continue
+                e = expert[token, choice]
+                taken[e] += 1
+                if taken[e] <= room:
+                    expected[token] += gate[token, choice]
+                else:
+                    dropped += 1
+        y_TxD = plan.gather(jnp.ones((4 * room, 1)))
+        np.testing.assert_allclose(y_TxD, expected, rtol=1e-6)
+        assert int(plan.dropped) == dropped
 
 
 def test_list_without_fixed_k_equals_dense():

@@ -31,12 +31,14 @@ from moejax.models import (
     parameters,
     with_parameters,
 )
+from moejax.models.decoder import layer as layer_of
 from moejax.moe import ChosenSoftmaxGates, MoESpec, PNormGates, SoftmaxGates
 
 BOUND = 1e-5  # of the largest |logit|, float32 on both sides
 VISIBLE = 100  # times the bound that a planted fault moves logits by
 LEAST_SHARE = 0.3  # of the residual's rms that each routed output has at least
 BATCH, LENGTH, PREFIX = 2, 11, 4
+CUTS = (0, PREFIX, *range(PREFIX + 1, LENGTH + 1))  # of a text that is decoded
 
 TINY = dict(  # of most families: heads that no power of two is made of, K above 2 of odd E
     vocab_size=97,
@@ -145,8 +147,7 @@ def decode(model: DecoderLM, tokens: np.ndarray) -> np.ndarray:
     graphdef, parameters_ = nnx.split(model)
     state = init_state(model, *tokens.shape)
     found = []
-    cuts = [0, PREFIX, *range(PREFIX + 1, tokens.shape[1] + 1)]
-    for first, last in itertools.pairwise(cuts):
+    for first, last in itertools.pairwise(CUTS):
         position = jnp.broadcast_to(jnp.arange(first, last), (tokens.shape[0], last - first))
         part = jnp.asarray(tokens[:, first:last])
         logits, state = _step(graphdef, parameters_, part, position, state)
@@ -161,6 +162,8 @@ def routed_shares(model: DecoderLM, tokens: np.ndarray) -> list[float]:
     for layer in model.spec.moe_layers:
         after = np.asarray(found[layer][taps.BLOCK_OUTPUT]).reshape(tokens.size, -1)
         added = np.asarray(found[layer][taps.FFN_OUTPUT]).reshape(tokens.size, -1)
+        if (norm := layer_of(model, layer).ffn_post_norm) is not None:
+            added = np.asarray(norm(added))
         added = model.spec.residual_multiplier * added
         shares.append(float(np.sqrt((added**2).mean() / ((after - added) ** 2).mean())))
     return shares

@@ -28,13 +28,16 @@ def families() -> dict[str, Family]:
 
 
 def family_of(config: Mapping[str, Any], where: str = "config.json") -> Family:
-    """The family of a config, by its model_type.
+    """The family of a config, by its model_type or, where it is that of another, its class.
 
     Raises CheckpointError for a model_type no family has, with those that there are. A config with
     remote code (auto_map) is read like any other if its model_type is known here; the code is
     never run.
     """
-    model_type = config.get("model_type")
+    model_type, classes = config.get("model_type"), config.get("architectures")
+    for family in families().values():
+        if isinstance(classes, list) and any(name in classes for name in family.classes):
+            return family
     if isinstance(model_type, str) and model_type in families():
         return families()[model_type]
     known = f"moejax knows {', '.join(sorted(families()))}."
