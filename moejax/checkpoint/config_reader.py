@@ -133,15 +133,15 @@ class ConfigReader:
         """rope_type, rope_theta and what belongs to them, wherever the config keeps them.
 
         transformers 5 writes them into `rope_parameters`; older ones rope_theta beside
-        `rope_scaling`, whose type was once called `type`.
+        `rope_scaling`, whose type was once called `type`, and which goes first where both are.
         """
         found: dict[str, Any] = {"rope_theta": self.raw("rope_theta")}
-        for name in ("rope_scaling", "rope_parameters"):
+        for name in ("rope_parameters", "rope_scaling"):
             if (inner := self.raw(name)) is None:
                 continue
-            if not isinstance(inner, dict):
-                self.refuse(name, "a table of fields")
-            found |= inner
+            if not isinstance(inner, dict) or any(isinstance(v, dict) for v in inner.values()):
+                self.refuse(name, "one table of fields for all layers")
+            found = {"rope_theta": self.raw("rope_theta")} | inner if inner else found
         found["rope_type"] = found.get("rope_type") or found.pop("type", None) or "default"
         return ConfigReader(found, f"{self.where}, rotary positions")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 
 import ml_dtypes
@@ -95,7 +95,7 @@ def cover(spec: ModelSpec, family: Family, tensors: Mapping[str, StoredTensor]) 
     for name, tensor in tensors.items():
         use, reason = "used", " + ".join(used.get(name, ()))
         if name not in used:
-            use, reason = _excuse(name, spec, family)
+            use, reason = _excuse(name, spec, family, tensors)
             tied = name if use == "tied" else tied
         rows += [Row(p, str(tensor.dtype), tensor.shape, use, reason) for p in tensor.parts]
     if left := [row.tensor for row in rows if not row.use]:
@@ -198,14 +198,14 @@ def _check_tensors(
             )
 
 
-def _excuse(name: str, spec: ModelSpec, family: Family) -> tuple[str, str]:
+def _excuse(name: str, spec: ModelSpec, family: Family, tensors: Container[str]) -> tuple[str, str]:
     """(use, reason) of a tensor that no parameter needs; an empty use if there is none."""
     if spec.tie_embeddings:
         for rule in family.rules:
             if _HEAD in rule.parameters and matched(rule.tensors[0], name) is not None:
                 return "tied", f"equal to {_EMBED}"
     for ignored in family.ignored:
-        if ignored.match(name, len(spec.layers)):
+        if ignored.match(name, len(spec.layers), tensors):
             return "ignored", f"{ignored.tensor}: {ignored.why}"
     return "", ""
 

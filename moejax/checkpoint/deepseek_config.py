@@ -24,7 +24,11 @@ SHARED_EXPERTS = transposed(
 ROUTER_BIAS = copied(
     {"layers.{l}.moe.router.selector.bias": f"{_MLP}.gate.e_score_correction_bias"}
 )
-EXTRA_PREDICTION = Ignored("model.layers.{beyond}.*", "multi-token prediction")
+EXTRA_PREDICTION = Ignored(
+    "model.layers.{beyond}.*",
+    "multi-token prediction",
+    beside="model.layers.{beyond}.eh_proj.weight",
+)
 
 
 _ATTENTION = "model.layers.{l}.self_attn"
@@ -58,14 +62,15 @@ def read_latent_attention(config: ConfigReader, interleaved: bool = True) -> MLA
     """Multi-head latent attention (arXiv:2405.04434).
 
     Where rotary positions are stretched and the config has mscale_all_dim, logits are scaled by the
-    square of its YaRN factor.
+    square of its YaRN factor, which is 1 where texts become no longer.
     """
     config.require("attention_bias", False)
     nope, rope_width = config.integer("qk_nope_head_dim"), config.integer("qk_rope_head_dim")
     rope = read_rope(config, rope_width, interleaved=interleaved)
     scale = None
-    if isinstance(rope.scaling, YaRN) and (weight := config.rope().number("mscale_all_dim", 0.0)):
-        scale = (nope + rope_width) ** -0.5 * yarn_mscale(rope.scaling.factor, weight) ** 2
+    if isinstance(rope.scaling, YaRN) and rope.scaling.factor > 1:
+        weight = config.rope().number("mscale_all_dim", 0.0)
+        scale = _stretched(nope + rope_width, rope.scaling, weight) if weight else None
     return MLASpec(
         heads=config.integer("num_attention_heads"),
         nope_width=nope,
@@ -92,23 +97,38 @@ def latent_config(spec: ModelSpec) -> dict[str, Any]:
         "attention_bias": False,
         **rope_fields(mixer.rope, mixer.rope_width),
     }
-    if mixer.scale is not None and isinstance(mixer.rope.scaling, YaRN):
-        # The weight w at which (0.1 w ln(factor) + 1)^2 is what the softmax scale was stretched by.
-        grown = (mixer.scale * (mixer.nope_width + mixer.rope_width) ** 0.5) ** 0.5
-        weight = (grown - 1) / (0.1 * math.log(mixer.rope.scaling.factor))
+    scaling = mixer.rope.scaling
+    if mixer.scale is not None and isinstance(scaling, YaRN) and scaling.factor > 1:
+        weight = _weight_of(mixer.scale, mixer.nope_width + mixer.rope_width, scaling)
         fields["rope_parameters"]["mscale_all_dim"] = weight
     return fields
 
 
+def _stretched(width: int, scaling: YaRN, weight: float) -> float:
+    """The scale of logits of heads of this width at mscale_all_dim = weight."""
+    return width**-0.5 * yarn_mscale(scaling.factor, weight) ** 2
+
+
+def _weight_of(scale: float, width: int, scaling: YaRN) -> float:
+    """The inverse of `_stretched`: of the numbers within rounding, one that gives `scale` exactly,
+    so that a config read back is the same; a short one where there is such a one."""
+    exact = ((scale * width**0.5) ** 0.5 - 1) / (0.1 * math.log(scaling.factor))
+    near = [round(exact, 12), exact, math.nextafter(exact, 0), math.nextafter(exact, math.inf)]
+    return next((w for w in near if _stretched(width, scaling, w) == scale), exact)
+
+
 def read_biased_router(config: ConfigReader) -> RouterSpec:
-    """DeepSeek-V3's: sigmoid, a bias for selection alone, groups (arXiv:2412.19437)."""
+    """DeepSeek-V3's: sigmoid, a bias for selection alone, groups (arXiv:2412.19437).
+
+    Groups and scale must be in the config: what their lack means differs between families.
+    """
     selector: BiasedTopK | GroupLimited = BiasedTopK(k=config.integer("num_experts_per_tok"))
-    if (groups := config.integer("n_group", 1)) > 1:
+    if (groups := config.integer("n_group")) > 1:
         kept = config.integer("topk_group")
         selector = GroupLimited(selector=selector, groups=groups, kept=kept, best=2)
     gates = SigmoidGates(
         renormalise=config.flag("norm_topk_prob", True),
-        scale=config.number("routed_scaling_factor", 1.0),
+        scale=config.number("routed_scaling_factor"),
     )
     return RouterSpec(selector=selector, gates=gates)
 
@@ -139,7 +159,7 @@ def read_first_dense(config: ConfigReader, mixer: Mixer, routed: MoESpec) -> tup
     """The first first_k_dense_replace layers dense, all others routed."""
     config.require("moe_layer_freq", 1)
     dense = DenseSpec(width=config.integer("intermediate_size"), activation=routed.activation)
-    first = config.integer("first_k_dense_replace", 0)
+    first = config.integer("first_k_dense_replace")
     return tuple(
         LayerSpec(mixer=mixer, ffn=dense if i < first else routed)
         for i in range(config.depth("num_hidden_layers"))

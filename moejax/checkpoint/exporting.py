@@ -7,6 +7,7 @@ each such parameter, packed.safetensors its arrays (docs/exported_models.md).
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import shutil
@@ -45,6 +46,7 @@ BESIDE = (  # what a tokenizer and a generation loop need, copied as it is
     "chat_template.jinja",
     "generation_config.json",
 )
+_LENGTH = "max_position_embeddings"  # read for rotary positions, and of use by itself
 _NOT_OURS = ("auto_map", "quantization_config", "transformers_version")  # of the original config
 
 
@@ -74,10 +76,11 @@ def export_model(
 ) -> None:
     """Writes `model` to a new folder, whole or not at all.
 
-    family: whose names and config; None for the first that can express the model. config: fields
-    of the original config.json, kept where the family says nothing of them. dtype: of all tensors;
-    None for the embedding's. Router state stays float32. shard_bytes: most bytes of one file, but
-    for a tensor that is larger itself. beside: the folder whose tokenizer files are copied.
+    family: whose names and config; None for the first that can express the model. config: the
+    original config.json, of which fields are kept that no part of the model depends on. dtype: of
+    all tensors; None for the embedding's. Router state stays float32. shard_bytes: most bytes of
+    one file, but for a tensor that is larger itself. beside: the folder whose tokenizer files are
+    copied.
     Raises CheckpointError if the family cannot express the model or a value is not finite,
     RunError if the folder is there or cannot be written.
     """
@@ -86,8 +89,7 @@ def export_model(
     named = parameters(on_host(model))
     kind = np.dtype(_plain(named["embed"]).dtype if dtype is None else dtype)
     planned = list(_planned(model.spec, family, named, kind))
-    kept = {key: value for key, value in (config or {}).items() if key not in _NOT_OURS}
-    fields = kept | fields | {"model_type": family.name, "dtype": kind.name}
+    fields = _kept(config or {}, family) | fields | {"model_type": family.name, "dtype": kind.name}
     fields |= {"torch_dtype": kind.name}  # its name before transformers 5
     if family.architecture:
         fields["architectures"] = [family.architecture]
@@ -129,6 +131,17 @@ def described(spec: ModelSpec, family: Family) -> dict[str, Any]:
             "Keep it as a moejax folder, or export to another family.",
         )
     return fields
+
+
+def _kept(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    """Fields of an original config that stay true of an edited model: those the family does not
+    read. Any other could contradict what it writes under another name (rope_scaling, layer_types).
+    """
+    reader = ConfigReader(config)
+    with contextlib.suppress(CheckpointError):
+        read_spec(family, reader)
+    names = {*reader.unread(), _LENGTH} & set(config) - set(_NOT_OURS)
+    return {name: config[name] for name in config if name in names}
 
 
 def copy_beside(source: Path | str, target: Path) -> None:

@@ -98,6 +98,8 @@ def _check_plain(file: GGUF, head_width: int) -> None:
     wanted = {
         "llama.expert_count": 0,
         "llama.rope.scaling.type": "none",
+        "llama.rope.scaling.factor": 1.0,  # without a type, llama.cpp takes it as linear
+        "llama.rope.scale_linear": 1.0,  # its name in older files
         "llama.rope.dimension_count": head_width,
         "llama.attention.value_length": head_width,
     }

@@ -25,6 +25,7 @@ from moejax.checkpoint.family import Family
 from moejax.core import CheckpointError, RunError, SpecError, compat
 from moejax.core.atomic import read_json
 from moejax.files import StoredTensor, as_floats, open_tensors
+from moejax.files.scaled import BLOCK
 from moejax.models import DecoderLM, ModelSpec, abstract_model
 from moejax.models.block import run_length
 from moejax.runs import Progress, progress
@@ -84,6 +85,8 @@ def read_config(folder: Path | str) -> tuple[dict[str, Any], Family, ModelSpec, 
         raise CheckpointError(f"{path} is no table of fields.", "Fetch it again.")
     family = family_of(config, str(path))
     reader = ConfigReader(config, str(path))
+    if (quantized := reader.table("quantization_config")) is not None:
+        quantized.require("weight_block_size", [BLOCK, BLOCK])  # no shape of the scales tells it
     spec = read_spec(family, reader)
     return config, family, spec, tuple(reader.unread())
 

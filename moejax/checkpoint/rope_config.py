@@ -45,6 +45,20 @@ def read_rope(
     )
 
 
+def read_alpha_rope(config: ConfigReader) -> Rope | None:
+    """What Hunyuan's "dynamic" scaling with an alpha means: base * alpha^(W / (W - 2)) for heads of
+    width W, whatever the length of a text. None where the config has no such scaling."""
+    table = config.rope()
+    if table.raw("rope_type") != "dynamic" or table.raw("alpha") is None:
+        return None
+    heads = max(config.integer("num_attention_heads"), 1)
+    width = config.integer("head_dim", config.integer("hidden_size") // heads)
+    alpha = table.number("alpha")
+    if width < 4 or alpha <= 0:
+        table.refuse("alpha", "a number above 0, for heads of at least 4 dimensions")
+    return Rope(base=table.number("rope_theta", 10_000.0) * alpha ** (width / (width - 2)))
+
+
 def _read_scaling(table: ConfigReader, config: ConfigReader, pairs: int) -> RopeScaling | None:
     kind = table.choice("rope_type", dict(zip(_TYPES, _TYPES, strict=True)))
     if kind == "default":
@@ -142,6 +156,8 @@ def rope_fields(rope: Rope | None, head_width: int) -> dict[str, Any]:
             "short_mscale": scaling.short_scale,
             "long_mscale": scaling.long_scale,
         }
+        if scaling.short_scale == scaling.long_scale:  # what transformers reads but for phimoe
+            fields["attention_factor"] = scaling.long_scale
     elif scaling is not None:
         raise CheckpointError(
             f"transformers has no rotary scaling {type(scaling).__name__}.", "Keep the model here."

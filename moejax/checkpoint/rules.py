@@ -14,7 +14,7 @@ expert at a time, without its axis, so that a bank never exists twice.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -190,17 +190,21 @@ class Rule:
 class Ignored:
     """Tensors of a file that the model does not need, and why.
 
-    tensor: a pattern; `{l}` is any layer, `{beyond}` a layer at or after the model's last, `*` any
-    text.
+    tensor: a pattern; `{l}` is any layer, `{beyond}` a layer after the model's last, `*` any text.
+    beside: a tensor without which the files hold no such thing, with the same numbers: it tells a
+    layer of another kind from one that a config with too few layers would lose.
     """
 
     tensor: str
     why: str
+    beside: str | None = None
 
-    def match(self, name: str, layers: int) -> bool:
+    def match(self, name: str, layers: int, tensors: Container[str]) -> bool:
         """Whether this is the reason to leave `name` alone, in a model of so many layers."""
         found = matched(self.tensor, name)
-        return found is not None and int(found.get("beyond", layers)) >= layers
+        if found is None or int(found.get("beyond", layers)) < layers:
+            return False
+        return self.beside is None or self.beside.format(**found) in tensors
 
 
 def transposed(names: dict[str, str]) -> tuple[Rule, ...]:

@@ -32,6 +32,37 @@ MIXTRAL: dict[str, Any] = {
     "bos_token_id": 1,
 }
 
+FULL: dict[str, Any] = MIXTRAL | {  # a config that every family of transformers can read
+    "head_dim": W,
+    "num_experts": E,
+    "n_routed_experts": E,
+    "moe_topk": K,
+    "moe_intermediate_size": F,
+    "shared_expert_intermediate_size": F,
+    "n_shared_experts": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 1.5,
+    "first_k_dense_replace": 1,
+    "qk_nope_head_dim": 6,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 6,
+    "kv_lora_rank": 8,
+    "q_lora_rank": 8,
+    "logits_scaling": 6.0,
+    "embedding_multiplier": 12.0,
+    "residual_multiplier": 0.22,
+    "attention_multiplier": 0.0078125,
+    "partial_rotary_factor": 1.0,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+    "d_model": D,
+    "n_heads": 2,
+    "n_layers": L,
+    "attn_config": {"kv_n_heads": 1, "clip_qkv": 8.0, "rope_theta": 5e5},
+    "ffn_config": {"ffn_hidden_size": F, "moe_num_experts": E, "moe_top_k": K},
+}
+
 
 def mixtral_tensors(dtype: Any = np.float32) -> dict[str, np.ndarray]:
     """Every tensor of that config, each with values of its own."""

@@ -144,6 +144,15 @@ def test_an_export_is_there_whole_or_not_at_all(tmp_path, imported):
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["mine"]
 
 
+def test_no_field_of_the_original_contradicts_an_edited_model(tmp_path, imported):
+    """Catches rope_scaling left beside the rotary positions written anew: transformers takes it."""
+    older = {"rope_scaling": {"type": "linear", "factor": 8.0}, "max_position_embeddings": 64}
+    export_model(tmp_path / "out", imported.model, config={**imported.config, **older})
+    found = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "rope_scaling" not in found and found["rope_parameters"]["rope_type"] == "default"
+    assert (found["max_position_embeddings"], found["bos_token_id"]) == (64, 1)
+
+
 def test_remote_code_of_the_original_is_not_named_again(tmp_path, imported):
     """Catches an auto_map or a quantization_config that no longer fits the folder."""
     config = {**imported.config, "auto_map": {"AutoModel": "x.Y"}, "quantization_config": {}}

@@ -52,6 +52,8 @@ REFUSED = {
     "general.architecture is missing": {"architecture": None},
     "llama.expert_count = 8": {"llama.expert_count": (w.U32, 8)},
     "llama.rope.scaling.type = 'yarn'": {"llama.rope.scaling.type": (w.STRING, "yarn")},
+    "llama.rope.scaling.factor = 4.0": {"llama.rope.scaling.factor": (w.F32, 4.0)},
+    "llama.rope.scale_linear = 4.0": {"llama.rope.scale_linear": (w.F32, 4.0)},
     "llama.block_count = 4000000000": {"block_count": (w.U32, 4_000_000_000)},
     "llama.rope.dimension_count = 8": {"dimension_count": (w.U32, 8)},
     "head_count_kv is .* expected a value of type int": {"head_count_kv": (w.STRING, "3")},

@@ -195,6 +195,15 @@ def test_float8_and_halves_come_in_together(tmp_path, tensors):
     assert [r.use for r in found.coverage.rows if name in r.tensor] == ["used"] * 2
 
 
+def test_float8_of_another_block_is_refused(tmp_path, tensors):
+    """Catches scales of blocks of 64 spread over 128, which their shape alone need not show."""
+    config = MIXTRAL | {"quantization_config": {"weight_block_size": [64, 64]}}
+    with pytest.raises(CheckpointError, match=r"weight_block_size = \[64, 64\]"):
+        import_model(write_folder(tmp_path, config, tensors))
+    config["quantization_config"] = {"weight_block_size": [128, 128], "quant_method": "fp8"}
+    import_model(write_folder(tmp_path, config, tensors))
+
+
 def child(script: str, *arguments: str, **environment: str) -> str:
     """What a script of this folder prints, in a process of its own."""
     variables = {

@@ -26,7 +26,7 @@ from moejax.checkpoint.rules import (
 from moejax.core import CheckpointError
 from moejax.files import open_tensors
 from moejax.models import AttentionSpec, DecoderLM, DenseSpec, LayerSpec, ModelSpec, parameters
-from tests.checkpoint.hf_folders import MIXTRAL, W
+from tests.checkpoint.hf_folders import FULL, MIXTRAL, W
 
 BLOCK = LayerSpec(mixer=AttentionSpec(heads=2, kv_heads=1, head_width=4), ffn=None)
 SECOND = LayerSpec(mixer=None, ffn=DenseSpec(width=4))
@@ -77,11 +77,26 @@ def test_gate_and_up_take_turns():
 
 def test_ignored_names_mean_what_they_say():
     """Catches a multi-token-prediction layer taken for one of the model's, and the reverse."""
-    extra = Ignored("model.layers.{beyond}.*", "a layer that predicts further tokens")
-    assert extra.match("model.layers.61.mlp.w", 61) and extra.match("model.layers.70.mlp.w", 61)
-    assert not extra.match("model.layers.60.mlp.w", 61)
-    assert not extra.match("model.layers.x.mlp.w", 61)
-    assert Ignored("*.inv_freq", "").match("model.layers.3.rotary_emb.inv_freq", 2)
+    layers = "model.layers.{beyond}."
+    extra = Ignored(f"{layers}*", "a layer that predicts further tokens", beside=f"{layers}eh_proj")
+    files = {"model.layers.61.eh_proj", "model.layers.60.eh_proj", "model.layers.70.eh_proj"}
+    assert extra.match("model.layers.61.mlp.w", 61, files)
+    assert extra.match("model.layers.70.mlp.w", 61, files)
+    assert not extra.match("model.layers.60.mlp.w", 61, files)
+    assert not extra.match("model.layers.62.mlp.w", 61, files)
+    assert not extra.match("model.layers.x.mlp.w", 61, files)
+    assert Ignored("*.inv_freq", "").match("model.layers.3.rotary_emb.inv_freq", 2, ())
+
+
+def test_layers_that_the_config_forgets_are_not_ignored():
+    """Catches a model cut short in silence: a layer of its own taken for one that predicts a second
+    token, which has eh_proj."""
+    family, spec = families()["glm4_moe"], read_spec(families()["glm4_moe"], ConfigReader(FULL))
+    after = f"model.layers.{len(spec.layers)}"
+    mtp = {f"{after}.{name}": None for name in ("input_layernorm.weight", "eh_proj.weight")}
+    assert all(i.match(n, len(spec.layers), mtp) for i in family.ignored[1:] for n in mtp)
+    own = {f"{after}.input_layernorm.weight": None}
+    assert not any(i.match(n, len(spec.layers), own) for i in family.ignored for n in own)
 
 
 def test_names_are_matched_whole():

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from moejax.core.errors import CheckpointError
 from moejax.files import read_header, write_safetensors
+from moejax.files.header import unique
 
 
 def whole_file() -> dict[str, np.ndarray]:
@@ -76,6 +77,23 @@ def test_a_damaged_header_has_an_error_of_its_name(tmp_path, header, message):
     with pytest.raises(CheckpointError, match=message) as caught:
         read_header(with_header(tmp_path / "a.safetensors", header))
     assert "a.safetensors" in caught.value.problem
+
+
+def test_one_equal_name_among_many_is_found_at_once():
+    """Catches a search that compares every name with every other: hours for a large header."""
+
+    class Name(str):
+        compared = 0
+        __hash__ = str.__hash__
+
+        def __eq__(self, other):
+            Name.compared += 1
+            return str.__eq__(self, other)
+
+    names = [Name(i) for i in range(2000)]
+    with pytest.raises(CheckpointError, match="'1999' twice"):
+        unique([(name, None) for name in [*names, Name(1999)]])
+    assert Name.compared < 10 * len(names)
 
 
 def test_a_file_cut_anywhere_is_refused(tmp_path):

@@ -83,7 +83,20 @@ ROUTED = (
         },
         gain=3.0,
     ),
-    Case("hunyuan_v1_moe", {"num_experts": 5, "moe_topk": 3, "pad_token_id": 0}),
+    Case(
+        "hunyuan_v1_moe",
+        {
+            "num_experts": 5,
+            "moe_topk": 3,
+            "pad_token_id": 0,
+            "rope_parameters": {
+                "rope_type": "dynamic",
+                "rope_theta": 10_000.0,
+                "factor": 1.0,
+                "alpha": 1000.0,
+            },
+        },
+    ),
     Case(
         "deepseek_v2",
         {

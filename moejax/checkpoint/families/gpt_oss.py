@@ -20,9 +20,11 @@ _WINDOWED, _FULL = "sliding_attention", "full_attention"
 
 def _spec(config: ConfigReader) -> ModelSpec:
     config.require("hidden_act", "silu")
+    if config.raw("rope_scaling") is None and config.raw("rope_parameters") is None:
+        config.refuse("rope_parameters", "a table: transformers puts YaRN where there is none")
     bias = config.flag("attention_bias", True)
     full = read_attention(config, rope_base=150_000.0, qkv_bias=bias, o_bias=bias, sinks=True)
-    windowed = dataclasses.replace(full, window=config.optional_integer("sliding_window"))
+    windowed = dataclasses.replace(full, window=config.integer("sliding_window", 128))
     depth = config.depth("num_hidden_layers")
     kinds = config.raw("layer_types")
     if kinds is None:

@@ -11,6 +11,7 @@ from moejax.checkpoint.rules import Rule, Transposed, transposed
 from moejax.models import AttentionSpec, LayerSpec, ModelSpec
 from moejax.moe import ChosenSoftmaxGates, MoESpec, RouterSpec, TopK
 
+_LEAST = 1e-30  # of a divisor that a config means
 _MOE = "model.layers.{l}.block_sparse_moe"
 
 
@@ -27,12 +28,15 @@ def _spec(config: ConfigReader) -> ModelSpec:
         ),
         activation=config.activation(default="silu"),
     )
+    scaling = config.number("logits_scaling", 1.0)
+    if scaling < _LEAST:
+        config.refuse("logits_scaling", "a number above 0, by which logits are divided")
     return read_decoder(
         config,
         LayerSpec(mixer=mixer, ffn=ffn),
         embedding_multiplier=config.number("embedding_multiplier", 1.0),
         residual_multiplier=config.number("residual_multiplier", 1.0),
-        logits_multiplier=1 / config.number("logits_scaling", 1.0),
+        logits_multiplier=1 / scaling,
     )
 
 

@@ -31,6 +31,7 @@ _MLP = "model.layers.{l}.mlp"
 
 def _spec(config: ConfigReader) -> ModelSpec:
     config.require("use_sliding_window", False)
+    config.require("layer_types", ["full_attention"] * config.depth("num_hidden_layers"))
     mixer = read_attention(config, qkv_bias=config.flag("qkv_bias", True))
     routed = MoESpec(
         experts=config.integer("num_experts"),
