@@ -163,7 +163,7 @@ def routed_shares(model: DecoderLM, tokens: np.ndarray) -> list[float]:
         after = np.asarray(found[layer][taps.BLOCK_OUTPUT]).reshape(tokens.size, -1)
         added = np.asarray(found[layer][taps.FFN_OUTPUT]).reshape(tokens.size, -1)
         if (norm := layer_of(model, layer).ffn_post_norm) is not None:
-            added = np.asarray(norm(added))
+            added = np.asarray(norm(jnp.asarray(added)))
         added = model.spec.residual_multiplier * added
         shares.append(float(np.sqrt((added**2).mean() / ((after - added) ** 2).mean())))
     return shares
