@@ -42,8 +42,9 @@ VARIANTS = (
     *(Variant(bits) for bits in (8, 4, 3, 2)),
     Variant(4, zeros=True),
     Variant(3, rank=32),
+    *(Variant(bits, activation_bits=16) for bits in (4, 3, 2)),
     *(Variant(bits, activation_bits=8) for bits in (4, 3, 2)),
-    *(Variant(bits, activation_bits=wide) for bits in (4, 3, 2) for wide in (16, 24)),
+    Variant(3, activation_bits=24),
 )
 
 
