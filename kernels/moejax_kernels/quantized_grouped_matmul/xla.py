@@ -16,7 +16,7 @@ import numpy as np
 from jax import Array, lax
 
 from moejax_kernels.grouped_matmul import xla
-from moejax_kernels.quantized_grouped_matmul.layout import LANES, WORD, Fragment, Layout, layout
+from moejax_kernels.quantized_grouped_matmul.layout import LANES, WORD, Layout, layout
 from moejax_kernels.quantized_grouped_matmul.reference import Leaves, decode, quantize_rows
 
 TILE_BYTES = 1 << 19  # of all planes of a tile in float32: half of a core's L2 cache
@@ -95,10 +95,7 @@ def _by_planes(
         return xla.forward(x_RxK, codes_alone, expert, columns, group_sizes_G, group_offset)
     groups = xla.locate(group_sizes_G, group_offset, experts, rows)
     tall, short = xla.row_blocks(rows, group_sizes_G.shape[0])
-    # One matrix per code of a lane, a tile's columns side by side: [R, tiles, LANES * periods].
-    ordered = x_RxK.reshape(rows, cut.tiles, cut.periods, LANES, plan.codes)
-    ordered = ordered.transpose(4, 0, 1, 3, 2).reshape(plan.codes, rows, cut.tiles, -1)
-    x_by_code = [ordered[i] for i in range(plan.codes)]
+    ordered = plane_order(x_RxK, cut, plan)
 
     def of_expert(n: Array, out_RxN: Array) -> Array:
         index = groups.nth_active(n)
@@ -109,8 +106,8 @@ def _by_planes(
 
             def product(row: Array, height: int) -> Array:
                 total = jnp.zeros((height, columns), x_RxK.dtype)
-                for x, plane in zip(x_by_code, planes, strict=True):
-                    shape = (height, 1, LANES * cut.periods)
+                for x, plane in zip(ordered, planes, strict=True):
+                    shape = (height, 1, plane.shape[0])
                     part = lax.dynamic_slice(x, (row, t, jnp.zeros_like(t)), shape)
                     total = total + part[:, 0] @ plane
                 return total
@@ -123,34 +120,65 @@ def _by_planes(
     return lax.fori_loop(0, groups.active, of_expert, out_RxN)
 
 
+def plane_order(x_RxK: Array, cut: Tiling, plan: Layout) -> list[Array]:
+    """x in the order of the planes' rows: [R, tiles, rows of a plane] for each plane."""
+    rows = x_RxK.shape[0]
+    shape = (rows, cut.tiles, cut.periods, LANES, plan.codes)
+    by_code = x_RxK.reshape(shape).transpose(0, 1, 3, 4, 2)  # [R, tiles, LANES, codes, periods]
+    whole = whole_codes(plan)
+    first = by_code[..., : whole * plan.words, :]
+    first = first.reshape(rows, cut.tiles, LANES, plan.words, whole, cut.periods)
+    first = first.transpose(0, 1, 2, 4, 5, 3).reshape(rows, cut.tiles, -1)
+    rest = range(whole * plan.words, plan.codes)
+    return [first, *(by_code[..., i, :].reshape(rows, cut.tiles, -1) for i in rest)]
+
+
+def whole_codes(plan: Layout) -> int:
+    """How many codes lie whole in one byte; they come first among a lane's codes."""
+    return sum(len(parts) == 1 and parts[0].word == 0 for parts in plan.fragments)
+
+
 def tile_planes(
     leaves: Leaves, index: Array, t: Array, cut: Tiling, plan: Layout, bits: int
 ) -> list[Array]:
-    """Per code of a lane, the decoded weights of tile t: float32 [LANES * periods, N]."""
+    """The decoded weights of tile t, in `plane_order`: float32 [rows of a plane, N] each.
+
+    The first plane holds all codes that lie whole in a byte: the words as they come, shifted by
+    every lane and place. Each code that lies across bytes is a plane of its own.
+    """
     experts, _, columns = leaves.words.shape
-    words = leaves.words.reshape(experts, -1, plan.words, columns)
     first_group = t * leaves.scale.shape[1] // cut.tiles
 
-    def part(leaf: Array, start: Array, count: int, word: int) -> Array:
+    def part(leaf: Array, *start: Array | int, shape: tuple[int, ...]) -> Array:
         # Tied to its index, see grouped_matmul.xla.Bank.
-        tied, *at = lax.optimization_barrier((leaf, index, start))
-        found = lax.dynamic_slice(tied, (*at, word, 0), (1, count, 1, columns))
+        tied, at = lax.optimization_barrier((leaf, (index, *map(jnp.asarray, start))))
+        found = lax.dynamic_slice(tied, at, (1, *shape, columns))
         return found.reshape(1, cut.groups, -1, columns)
 
     def per_group(leaf: Array) -> Array:
-        return part(leaf[:, :, None], first_group, cut.groups, 0).astype(jnp.float32)
+        return part(leaf, first_group, 0, shape=(cut.groups,)).astype(jnp.float32)
 
-    by_word = [part(words, t * cut.periods, cut.periods, word) for word in range(plan.words)]
-    lane = (8 * np.arange(LANES, dtype=np.uint32)).reshape(-1, 1, 1, 1)
     scale = per_group(leaves.scale)
     zero = 2.0 ** (bits - 1) if leaves.zero is None else per_group(leaves.zero)
 
-    def plane(parts: tuple[Fragment, ...]) -> Array:
-        codes = [
-            (by_word[p.word] >> (lane + np.uint32(p.shift)) & ((1 << p.width) - 1)) << p.position
-            for p in parts
-        ]
-        code = sum(codes[1:], codes[0]).astype(jnp.int32).astype(jnp.float32)
-        return ((code - zero) * scale).reshape(LANES * cut.periods, columns)
+    def decoded(codes: Array) -> Array:
+        w = (codes.astype(jnp.int32).astype(jnp.float32) - zero) * scale
+        return w.reshape(-1, columns)
 
-    return [plane(parts) for parts in plan.fragments]
+    def shifts(*places: int) -> np.ndarray:
+        lanes = 8 * np.arange(LANES)[:, None] + np.asarray(places)
+        return lanes.astype(np.uint32).reshape(-1, 1, 1, 1)
+
+    rows = cut.periods * plan.words
+    words = part(leaves.words, t * rows, 0, shape=(rows,))
+    mask = np.uint32((1 << bits) - 1)
+    planes = [decoded(words >> shifts(*range(0, bits * whole_codes(plan), bits)) & mask)]
+
+    by_period = leaves.words.reshape(experts, -1, plan.words, columns)
+    for parts in plan.fragments[whole_codes(plan) * plan.words :]:
+        codes = jnp.uint32(0)
+        for p in parts:
+            word = part(by_period, t * cut.periods, p.word, 0, shape=(cut.periods, 1))
+            codes = codes | (word >> shifts(p.shift) & ((1 << p.width) - 1)) << p.position
+        planes.append(decoded(codes))
+    return planes
