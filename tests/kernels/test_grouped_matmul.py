@@ -294,14 +294,14 @@ def class_gradients(sizes, backend):
 
 def test_fast_run_compiles_more_products_than_fast_compile():
     """Catches a choice that nothing reads."""
-    assert len(class_heights(4096, 64, FAST_RUN.ratio)) > len(class_heights(4096, 64, 2.0))
-    assert class_heights(5, 3, 1.25) == (5,)
+    assert len(class_heights(4096, 64, FAST_RUN)) > len(class_heights(4096, 64, FAST_COMPILE))
+    assert class_heights(5, 3, FAST_RUN) == (5,)
 
 
 @given(rows=st.integers(1, 10**6), groups=st.integers(1, 512))
 def test_class_heights_fit(rows, groups):
     """Catches a product taller than the rows, and classes that do not rise."""
-    heights = class_heights(rows, groups, FAST_RUN.ratio)
+    heights = class_heights(rows, groups, FAST_RUN)
     assert heights[-1] <= rows and sorted(set(heights)) == list(heights)
 
 

@@ -32,13 +32,15 @@ class Loops(NamedTuple):
 
     An expert's rows are padded to the next of the heights 8, 8 ratio, 8 ratio^2, ... A small ratio
     wastes few flops and compiles a product per height: FAST_RUN; a large one is FAST_COMPILE.
+    The heights end at `tallest` mean groups: a larger group is a sum of several products.
     """
 
     ratio: float
+    tallest: int
 
 
-FAST_RUN = Loops(ratio=1.25)
-FAST_COMPILE = Loops(ratio=2.0)
+FAST_RUN = Loops(ratio=1.25, tallest=4)
+FAST_COMPILE = Loops(ratio=2.0, tallest=2)
 
 
 class Groups(NamedTuple):
@@ -65,12 +67,12 @@ def block_heights(rows: int, groups: int) -> tuple[int, int]:
     return min(tall, rows), min(max(8, tall // 8), rows)
 
 
-def class_heights(rows: int, groups: int, ratio: float) -> tuple[int, ...]:
-    """Static heights of the products of the weight gradient, up to twice the mean group."""
-    most = min(rows, TALLEST_CLASS, max(8, 2 * -(-rows // max(1, groups))))
+def class_heights(rows: int, groups: int, loops: Loops) -> tuple[int, ...]:
+    """Static heights of the products of the weight gradient, see `Loops`."""
+    most = min(rows, TALLEST_CLASS, max(8, loops.tallest * -(-rows // max(1, groups))))
     heights = [min(8, rows)]
     while heights[-1] < most:
-        following = 8 * math.ceil(max(heights[-1] + 1, heights[-1] * ratio) / 8)
+        following = 8 * math.ceil(max(heights[-1] + 1, heights[-1] * loops.ratio) / 8)
         heights.append(min(rows, following))
     return tuple(heights)
 
@@ -112,8 +114,8 @@ def forward(
     few = has_few_rows(rows, group_sizes_G.shape[0])
     deep = tile_depth(depth, columns) if few else depth
     wide = columns if few else tile_width(columns, depth)
-    # XLA:CPU has bfloat16 products of matrices, but none of a vector and a matrix.
-    narrow = x_RxK.dtype == jnp.bfloat16 and short > 1
+    # XLA:CPU has fast bfloat16 products of blocks, slow ones of a few rows.
+    narrow = x_RxK.dtype == jnp.bfloat16 and not few
     contract = (((1,), (1 if transposed else 0,)), ((), ()))
 
     def of_expert(n: Array, out_RxN: Array) -> Array:
@@ -155,7 +157,7 @@ def row_blocks(rows: int, groups: int) -> tuple[int, int]:
     than one, single rows finish a group: a matrix-vector product needs no mask.
     """
     if has_few_rows(rows, groups):
-        return min(4, rows), 1 if rows <= groups // 2 else min(2, rows)
+        return min(4, rows), 1 if rows <= groups else min(2, rows)
     return block_heights(rows, groups)
 
 
@@ -268,7 +270,7 @@ def leaves_gradient(
     result: list[Any] = [np.zeros(leaf.shape, jax.dtypes.float0) for leaf in arrays]
     gradients = [jnp.zeros_like(arrays[i]) for i in floats]
     if rows > 0 and floats:
-        heights = class_heights(rows, group_sizes_G.shape[0], loops.ratio)
+        heights = class_heights(rows, group_sizes_G.shape[0], loops)
         bank = Bank(leaves, expert)
         groups = locate(group_sizes_G, group_offset, bank.experts, rows)
         gradients = _float_gradients(x_RxK, dy_RxN, bank, floats, gradients, groups, heights)
