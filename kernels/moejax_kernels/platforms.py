@@ -52,12 +52,17 @@ def alike(*operands: Any) -> tuple[Any, ...]:
     """
     arrays = jax.tree.map(jnp.asarray, operands)
     axes = frozenset().union(*map(_axes, jax.tree.leaves(arrays)))
+    return jax.tree.map(lambda array: _vary(array, axes), arrays)
 
-    def vary(array: Array) -> Array:
-        missing = tuple(axes - _axes(array))
-        return lax.pcast(array, missing, to="varying") if missing else array
 
-    return jax.tree.map(vary, arrays)
+def varying_like(zeros: Array, array: Array) -> Array:
+    """`zeros` with the type that a loop over `array` gives its carry inside shard_map."""
+    return _vary(zeros, _axes(array))
+
+
+def _vary(array: Array, axes: frozenset) -> Array:
+    missing = tuple(axes - _axes(array))
+    return lax.pcast(array, missing, to="varying") if missing else array
 
 
 def _axes(array: Array) -> frozenset:

@@ -217,7 +217,9 @@ def _weight_kernel(start_E, end_E, x_gmem, dy_gmem, dw_gmem, *, tall, wide):
 
         dw = pl.run_scoped(sums, plgpu.ACC((tall, wide)))
 
-        @partial(pl.run_scoped, dw_smem=plgpu.SMEM((tall, wide), dw_gmem.dtype, transforms=_SWIZZLED))
+        @partial(
+            pl.run_scoped, dw_smem=plgpu.SMEM((tall, wide), dw_gmem.dtype, transforms=_SWIZZLED)
+        )
         def _(dw_smem):
             dw_smem[...] = dw.astype(dw_smem.dtype)
             plgpu.commit_smem()

@@ -82,9 +82,7 @@ def weight_gradient(
     if 0 in (rows, inputs, columns, experts):
         return jnp.zeros((experts, inputs, columns), dtype)
     start_E, end_E = bounds(group_sizes_G, group_offset, experts, rows)
-    tall, wide = (
-        min(WIDTH, max(SMALLEST, pl.next_power_of_2(size))) for size in (inputs, columns)
-    )
+    tall, wide = (min(WIDTH, max(SMALLEST, pl.next_power_of_2(size))) for size in (inputs, columns))
     return pl.pallas_call(
         partial(_weight_kernel, tall=tall, wide=wide),
         out_shape=_like(x_RxK, (experts, inputs, columns), dtype),

@@ -19,6 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from moejax_kernels.platforms import varying_like
+
 Expert = Callable[[Any], Array]
 
 TILE_BYTES = 1 << 20  # of a weight tile in float32: half to all of a core's L2 cache
@@ -384,29 +386,3 @@ def _inside(row: Array, height: int, first: Array, end: Array) -> Array:
     """[height, 1]: which rows of a block at `row` lie in [first, end)."""
     rows = row + jnp.arange(height, dtype=jnp.int32)
     return ((rows >= first) & (rows < end))[:, None]
-
-
-def alike(*operands: Any) -> tuple[Any, ...]:
-    """The operands, each varying over every mesh axis that one of them varies over.
-
-    Outside shard_map nothing happens. Inside, the transpose of this cast is the sum over devices
-    that the gradient of a replicated weight needs.
-    """
-    arrays = jax.tree.map(jnp.asarray, operands)
-    axes = frozenset().union(*(_axes(array) for array in jax.tree.leaves(arrays)))
-    return jax.tree.map(lambda array: _vary(array, axes), arrays)
-
-
-def varying_like(zeros: Array, array: Array) -> Array:
-    """`zeros` with the type that a loop over `array` gives its carry inside shard_map."""
-    return _vary(zeros, _axes(array))
-
-
-def _axes(array: Array) -> frozenset:
-    """The mesh axes over which an array varies inside shard_map."""
-    return jax.typeof(array).manual_axis_type.varying
-
-
-def _vary(array: Array, axes: frozenset) -> Array:
-    missing = tuple(axes - _axes(array))
-    return lax.pcast(array, missing, to="varying") if missing else array

@@ -16,6 +16,7 @@ import numpy as np
 from jax import Array, lax
 
 from moejax_kernels.grouped_matmul import xla
+from moejax_kernels.platforms import varying_like
 from moejax_kernels.quantized_grouped_matmul.layout import LANES, WORD, Layout, layout
 from moejax_kernels.quantized_grouped_matmul.reference import Leaves, decode, quantize_rows
 
@@ -116,7 +117,7 @@ def _by_planes(
 
         return lax.fori_loop(0, cut.tiles, of_tile, out_RxN)
 
-    out_RxN = xla.varying_like(jnp.zeros((rows, columns), x_RxK.dtype), x_RxK)
+    out_RxN = varying_like(jnp.zeros((rows, columns), x_RxK.dtype), x_RxK)
     return lax.fori_loop(0, groups.active, of_expert, out_RxN)
 
 
