@@ -52,8 +52,11 @@ lint:
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-bench: setup
-	$(BIN)/python -m moejax_kernels.grouped_matmul.bench
+# Peers on CPU by interleaved ratios, kernels on TPU by the compiler's schedule: docs/benchmarks.md.
+bench:
+	$(MAKE) setup EXTRAS=test,parity,aot
+	$(BIN)/python -m experiments.benchmarks cpu
+	$(BIN)/python -m experiments.benchmarks tpu
 	$(BIN)/python -m moejax.weights.bench
 
 systems: setup

@@ -20,8 +20,8 @@ def pack_codes(codes: Array, bits: int) -> Array:
     """uint32 words [*lead, K * bits / 32, N] of codes [*lead, K, N] in [0, 2**bits).
 
     Laid out as `moejax_kernels.quantized_grouped_matmul.layout` says: where `bits` divides 8, the
-    codes of a column follow each other along K without gaps, the first in the lowest bits; a 3-bit
-    code may lie across two words. Higher bits of a code are cut off.
+    codes of a column follow each other along K without gaps, the first in the lowest bits. Higher
+    bits of a code are cut off.
     Raises SpecError if `bits` is not 1 .. 8 or K * bits is no multiple of 32.
     """
     check_packable(codes.shape[-2], bits)

@@ -63,3 +63,18 @@ def test_versions_that_never_were_are_refused(tmp_path):
         path.write_text(json.dumps({**json.loads(path.read_text()), "version": version}))
         with pytest.raises(CheckpointError, match="version"):
             load_spec(tmp_path)
+
+
+def test_codes_that_lie_elsewhere_now_are_refused():
+    """Catches 3-bit models of version 1 read in the order of version 2: noise without an error."""
+
+    def packed(bits):
+        return {"format": "Packed", "meta": {"bits": bits, "group": 32}, "leaves": {}}
+
+    for bits in (3, 5, 6, 7):
+        inner = {"format": "Sum", "meta": {}, "leaves": {"terms.0": packed(bits)}}
+        with pytest.raises(CheckpointError, match=f"w has codes of {bits} bits"):
+            migrated({**version_1(), "parameters": {"w": inner}})
+    for bits in (1, 2, 4, 8):
+        migrated({**version_1(), "parameters": {"w": packed(bits)}})
+    migrated({**version_1(), "version": VERSION, "parameters": {"w": packed(3)}})
