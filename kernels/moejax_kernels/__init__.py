@@ -5,7 +5,7 @@
 | `permute` | rows into expert order and back, gathers in both directions | |
 | `grouped_matmul` | rows by group times their expert, experts in any format | TPU, GPU |
 | `gated_grouped_matmul` | gate, up and activation in one pass over the rows | TPU |
-| `quantized_grouped_matmul` | experts of 1 to 8 bits as they are packed, a low-rank term fused | TPU |
+| `quantized_grouped_matmul` | experts of 1 to 8 bits as packed, a low-rank term fused | TPU |
 | `lowrank_grouped_matmul` | experts as two factors | |
 | `grouped_outer` | second moments of the rows of each expert | |
 
