@@ -141,8 +141,8 @@ def rule(
     fitting = [columns for columns in widths if fits(columns)] or [LANES]
     # A slice more costs another pass over x; columns done twice cost as much of everything.
     columns = min(fitting[:4], key=lambda columns: -(-outputs // columns) * columns)
-    # Loading a tile of weights takes as long as 128 rows take to pass.
-    chunk = _chunk(columns, max(heights[0], 128) * work, chip)
+    # Blocks of few rows wait for HBM, not for the unit: short code, compiled in a moment.
+    chunk = _chunk(columns, (heights[0] if heights[0] >= 128 else 512) * work, chip)
     ramp = 48 if chip.size == 256 else 2
     return Tiles(columns, chunk, heights, ramp, chip.size, cores, vmem)
 
