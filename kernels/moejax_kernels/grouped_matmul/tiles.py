@@ -173,7 +173,7 @@ def _bytes(kernel: str, height: int, inputs: int, columns: int, size: int, opera
 def _chunk(columns: int, work_per_column: int, chip: Chip) -> int:
     """The width that passes over the columns fastest, among those of bounded code."""
     # A unit of side 128 is busy for so long that restarting it costs nothing.
-    limit = max(2 * LANES, _CODE * 5 // 8 * chip.size**2 // 256**2 // work_per_column)
+    limit = max(2 * LANES, _CODE * 3 // 4 * chip.size**2 // 256**2 // work_per_column)
     ramp = (1 << 26 if chip.size == 256 else 1 << 22) // work_per_column  # in columns
 
     def cost(chunk: int) -> int:
