@@ -141,8 +141,8 @@ def rule(
     fitting = [columns for columns in widths if fits(columns)] or [LANES]
     # A slice more costs another pass over x; columns done twice cost as much of everything.
     columns = min(fitting[:4], key=lambda columns: -(-outputs // columns) * columns)
-    # Loading a tile of weights takes as long as 128 rows take to pass.
-    chunk = _chunk(columns, max(heights[0], 128) * work, chip)
+    # Blocks of few rows wait for HBM, not for the unit: short code, compiled in a moment.
+    chunk = _chunk(columns, (heights[0] if heights[0] >= 128 else 512) * work, chip)
     ramp = 48 if chip.size == 256 else 2
     return Tiles(columns, chunk, heights, ramp, chip.size, cores, vmem)
 
@@ -173,7 +173,7 @@ def _bytes(kernel: str, height: int, inputs: int, columns: int, size: int, opera
 def _chunk(columns: int, work_per_column: int, chip: Chip) -> int:
     """The width that passes over the columns fastest, among those of bounded code."""
     # A unit of side 128 is busy for so long that restarting it costs nothing.
-    limit = max(2 * LANES, _CODE * 5 // 8 * chip.size**2 // 256**2 // work_per_column)
+    limit = max(2 * LANES, _CODE * 3 // 4 * chip.size**2 // 256**2 // work_per_column)
     ramp = (1 << 26 if chip.size == 256 else 1 << 22) // work_per_column  # in columns
 
     def cost(chunk: int) -> int:
