@@ -25,13 +25,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from moejax_kernels.grouped_matmul.blocks import bounds
 from moejax_kernels.grouped_matmul.row_tiles import in_slabs, row_tiles
+from moejax_kernels.platforms import alike
 
 PROGRAMS = 132  # multiprocessors of an H100 SXM; right, if not best, on a card with fewer or more
 DEPTH = 64  # inputs, or rows of a weight gradient, per step: 128 bytes, the widest swizzle
 STEPS = 4  # copies under way
 
 
-def fits(rows: int, inputs: int, columns: int, *dtypes) -> bool:
+def fits(inputs: int, columns: int, *dtypes) -> bool:
     """Whether the kernels take the operands: one 16-bit dtype, widths in multiples of 64."""
     same = len({jnp.dtype(dtype) for dtype in dtypes}) == 1
     half = jnp.dtype(dtypes[0]) in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
@@ -66,7 +67,10 @@ def forward(
         x.dtype,
         programs,
         "grouped_matmul",
-    )(*tiles, x, w_ExKxN)
+        *tiles,
+        x,
+        w_ExKxN,
+    )
     return y[:rows]
 
 
@@ -93,7 +97,11 @@ def weight_gradient(
         dtype,
         programs,
         "grouped_matmul_dw",
-    )(start_E, end_E, jnp.pad(x_RxK, missing), jnp.pad(dy_RxN, missing))
+        start_E,
+        end_E,
+        jnp.pad(x_RxK, missing),
+        jnp.pad(dy_RxN, missing),
+    )
 
 
 # Rows of 128 bytes in the order in which the matrix unit reads shared memory without conflicts.
@@ -105,14 +113,15 @@ def _block(shape, index_map):
     return plgpu.BlockSpec(shape, index_map, delay_release=1, transforms=_SWIZZLED)
 
 
-def _call(kernel, shape, dtype, programs, name):
+def _call(kernel, shape, dtype, programs, name, *operands):
     kernel.__name__ = name
-    return plgpu.kernel(
+    result = plgpu.kernel(
         kernel,
         out_type=jax.ShapeDtypeStruct(shape, dtype),
         grid=(programs,),
         grid_names=("program",),
-    )
+    )(*operands)
+    return alike(*operands, result)[-1]  # inside shard_map it varies as they do
 
 
 def _forward_kernel(
