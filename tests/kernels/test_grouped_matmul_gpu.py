@@ -178,7 +178,7 @@ def test_slabs_visit_every_tile_once(columns):
     assert row.max() == 4 and column.max() == columns - 1
 
 
-MOSAIC, TRITON = "@mosaic_gpu", "xla.gpu.triton"
+MOSAIC, TRITON = "@mosaic_gpu_v2", "@__gpu$xla.gpu.triton"
 
 
 def lowered(f, *shapes):
@@ -193,38 +193,51 @@ def gradients(backend):
     return jax.value_and_grad(loss, (0, 1))
 
 
-@pytest.mark.parametrize("tokens", [8, 4096])
-@pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
-def test_real_shapes_lower(model, tokens):
-    """Catches a shape of a real model that a kernel refuses, or that falls back to portable code:
+REAL = [
+    pytest.param(model.gate(tokens), marks=[pytest.mark.slow] if tokens == 8 else [])
+    for model in MODELS
+    for tokens in (8, 4096)
+]
+
+
+@pytest.mark.parametrize("shape", REAL, ids=lambda shape: shape.name)
+def test_real_shapes_lower(shape):
+    """Catches a shape of a real model that a kernel refuses, or that falls back to another way:
     forward and both gradients must be kernels."""
-    shape = model.gate(tokens)
     shapes = [
         ((shape.rows, shape.inputs), "bfloat16"),
         ((shape.experts, shape.inputs, shape.outputs), "bfloat16"),
         ((shape.experts,), "int32"),
     ]
     assert lowered(gradients("pallas_gpu"), *shapes).count(f"custom_call {MOSAIC}") == 3
-    assert lowered(gradients("pallas_triton"), *shapes).count(TRITON) >= 3
+    if shape.experts == 256:  # banks beyond 4 GiB; the Triton kernels know no other special shape
+        assert lowered(gradients("pallas_triton"), *shapes).count(f"custom_call {TRITON}") == 3
 
 
 def small(inputs, columns, x_dtype, w_dtype):
     return [((96, inputs), x_dtype), ((E, inputs, columns), w_dtype), ((E,), "int32")]
 
 
-def test_what_a_kernel_does_not_take_goes_to_the_next():
+@pytest.mark.parametrize(
+    "inputs, x_dtype, w_dtype, kernel",
+    [
+        (64, "float16", "float16", MOSAIC),
+        (40, "bfloat16", "bfloat16", TRITON),
+        (64, "bfloat16", "float32", TRITON),
+    ],
+)
+def test_what_one_kernel_does_not_take_goes_to_the_next(inputs, x_dtype, w_dtype, kernel):
     """Catches a kernel fed with operands it cannot take, and a fallback taken without need."""
-    hopper, odd = gradients("pallas_gpu"), gradients("pallas_triton")
-    assert MOSAIC in lowered(hopper, *small(64, 128, "float16", "float16"))
-    for case in (
-        small(40, 128, "bfloat16", "bfloat16"),
-        small(64, 128, "float32", "float32"),
-        small(64, 128, "bfloat16", "float32"),
-    ):
-        text = lowered(hopper, *case)
-        assert MOSAIC not in text and TRITON in text
-        assert TRITON in lowered(odd, *case)
-    assert "triton" not in lowered(odd, *small(64, 128, "float8_e4m3fn", "float8_e4m3fn"))
+    text = lowered(gradients("pallas_gpu"), *small(inputs, 128, x_dtype, w_dtype))
+    assert {name for name in (MOSAIC, TRITON) if name in text} == {kernel}
+
+
+def test_without_a_triton_lowering(monkeypatch):
+    """Catches a dependence on what later JAX releases drop: the portable way must take over."""
+    monkeypatch.setattr(pallas_triton, "triton_params", lambda **_: None)
+    jax.clear_caches()
+    text = lowered(gradients("pallas_triton"), *small(64, 128, "float32", "float32"))
+    assert TRITON not in text and "stablehlo.while" in text
 
 
 @pytest.mark.parametrize(

@@ -35,12 +35,12 @@ def grouped_matmul(
     group_offset: w holds groups [group_offset, group_offset + E); may be traced.
     backend: None for the platform's best, chosen when the program is lowered, else "reference",
         "xla", "ragged_dot", "pallas_tpu" (bfloat16 as it is, other dtypes in float32), "pallas_gpu"
-        (Hopper alone: a 16-bit dtype, K and N in multiples of 64) or "pallas_triton" (NVIDIA cards
-        from Ampere on: 16-bit and float32). What "pallas_gpu" does not take goes to
-        "pallas_triton", and what that does not take to "xla". On NVIDIA cards None means the kernels
-        of the card attached when the program is lowered, portable code where there is none: a
+        (Hopper alone: one 16-bit dtype, K and N in multiples of 64) or "pallas_triton" (NVIDIA
+        cards from Ampere on: 16-bit and float32). What "pallas_gpu" does not take goes to
+        "pallas_triton", and what that does not take to "xla". For CUDA, None means the kernels of
+        the card attached when the program is lowered, and portable code where there is none: a
         program compiled for a card elsewhere names its backend. The GPU kernels have been
-        interpreted and compiled for an H100, not yet run on a card.
+        interpreted, and compiled for an H100; they have not yet run on a card.
     Returns [R, N] in x's dtype, accumulated in float32; rows of groups that w does not hold and
     rows beyond sum(group_sizes) are zero. Differentiable in x and w, reverse mode, once.
     Raises ValueError on shapes that do not fit, and for "ragged_dot" with a group offset.
@@ -94,10 +94,12 @@ def grouped_matmul_of(
         raise ValueError(f"{backend} wants a plain array; use 'xla', which decodes other formats.")
     if backend is None and not plain:
         backend = "xla"
-    if backend is None:
+    chosen: str | PlatformBest = backend or PlatformBest(
         # ragged_dot is masked dense on CPU: E times the flops. It is fast on some GPUs.
-        backend = PlatformBest(tpu="pallas_tpu", default="ragged_dot" if whole else "xla")
-    return _dispatch(backend, expert, columns, x_RxK, leaves, group_sizes_G, group_offset)
+        tpu="pallas_tpu",
+        default="ragged_dot" if whole else "xla",
+    )
+    return _dispatch(chosen, expert, columns, x_RxK, leaves, group_sizes_G, group_offset)
 
 
 class PlatformBest(NamedTuple):
@@ -170,9 +172,7 @@ def _product_backward(backend, expert, columns, saved, dy_RxN):
         if kernels is None:
             return by_loop(x, w, sizes, offset, dy)
         dx = kernels.forward(dy, w, sizes, offset, transposed=True)
-        return dx, kernels.weight_gradient(
-            x, dy, sizes, offset, experts=w.shape[0], dtype=w.dtype
-        )
+        return dx, kernels.weight_gradient(x, dy, sizes, offset, experts=w.shape[0], dtype=w.dtype)
 
     ways = {"xla": by_loop, "ragged_dot": by_ragged_dot, "pallas_tpu": by_kernel}
     ways |= {name: partial(by_gpu_kernel, name) for name in ("pallas_gpu", "pallas_triton")}

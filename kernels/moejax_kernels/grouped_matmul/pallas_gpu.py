@@ -3,14 +3,15 @@
 - Persistent programs, one per multiprocessor, walk over tiles of the output: as many row tiles as
   the groups need, known on the device only. A tile begins where its group's rows begin; a group
   shorter than a tile computes on its neighbour's rows too and does not store them.
-- How many rows a copy moves is static. A tile of n rows is therefore stored by two copies of p rows,
-  p the power of two with p <= n < 2 p: the first p rows and the last p.
+- How many rows a copy moves is static. A tile of n rows is therefore stored by two copies of p
+  rows, p the power of two with p <= n < 2 p: the first p rows and the last p.
 - The weights are read as they lie; for dx the matrix unit takes them transposed from shared memory.
 - The weight gradient masks the rows behind a group in shared memory, in its last step only.
 
-WGMMA exists on compute capability 9 alone, not on newer cards. The kernels run in Pallas's interpret
-mode for GPUs and compile for an H100; they have not run on a card, and their tile sizes are a rule
-of thumb, not a measurement.
+WGMMA exists on compute capability 9 alone, not on newer cards. The kernels have been interpreted
+(Pallas's interpreter for GPUs, which knows neither transposed operands nor register layouts: the
+tests stand in for those) and compiled for an H100. They have not run on a card, and their tile
+sizes are a rule of thumb, not a measurement.
 """
 
 from __future__ import annotations
@@ -226,7 +227,9 @@ def _weight_kernel(start_E, end_E, x_gmem, dy_gmem, dw_gmem, *, tall, wide):
 
         dw = pl.run_scoped(sums, plgpu.ACC((tall, wide)))
 
-        @partial(pl.run_scoped, dw_smem=plgpu.SMEM((tall, wide), dw_gmem.dtype, transforms=_SWIZZLED))
+        @partial(
+            pl.run_scoped, dw_smem=plgpu.SMEM((tall, wide), dw_gmem.dtype, transforms=_SWIZZLED)
+        )
         def _(dw_smem):
             dw_smem[...] = dw.astype(dw_smem.dtype)
             plgpu.commit_smem()

@@ -4,8 +4,9 @@ One program per tile of the output. Rows, columns and inputs that are missing fr
 where they are loaded and stored, so nothing is padded and nothing beyond a group is read into a
 product: NaN in other rows stays there. The weights are read as they lie, transposed or not.
 
-The kernels run in Pallas's interpret mode and compile for an H100; they have not run on a card, and
-their tile sizes are a rule of thumb, not a measurement.
+The kernels have been interpreted, and compiled for an H100. They have not run on a card, and their
+tile sizes are a rule of thumb, not a measurement. Bounds of loops are int32 explicitly: the
+compiler rejects a loop whose bounds lower to different types, as those of weak type do.
 """
 
 from __future__ import annotations
@@ -82,9 +83,7 @@ def weight_gradient(
     if 0 in (rows, inputs, columns, experts):
         return jnp.zeros((experts, inputs, columns), dtype)
     start_E, end_E = bounds(group_sizes_G, group_offset, experts, rows)
-    tall, wide = (
-        min(WIDTH, max(SMALLEST, pl.next_power_of_2(size))) for size in (inputs, columns)
-    )
+    tall, wide = (min(WIDTH, max(SMALLEST, pl.next_power_of_2(size))) for size in (inputs, columns))
     return pl.pallas_call(
         partial(_weight_kernel, tall=tall, wide=wide),
         out_shape=_like(x_RxK, (experts, inputs, columns), dtype),

@@ -53,9 +53,7 @@ def row_tiles(
     used_B = tile_B < last_P[-1]
     size_B = jnp.where(used_B, jnp.minimum(end_B - row_B, height), 0)
     expert_B = jnp.where(used_B & (part_B > 0) & (part_B <= experts), part_B - 1, -1)
-    return RowTiles(
-        jnp.where(used_B, row_B, 0), size_B, expert_B.astype(jnp.int32), last_P[-1:]
-    )
+    return RowTiles(jnp.where(used_B, row_B, 0), size_B, expert_B.astype(jnp.int32), last_P[-1:])
 
 
 def in_slabs(step: Array, row_tiles: int | Array, column_tiles: int) -> tuple[Array, Array]:
