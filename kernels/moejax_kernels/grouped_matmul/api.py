@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from moejax_kernels.grouped_matmul import reference, xla
+from moejax_kernels.grouped_matmul import gpu, reference, xla
 from moejax_kernels.platforms import Out, alike, per_platform
 
 BACKENDS = ("reference", "xla", "ragged_dot")  # on every platform
-KERNELS = ("pallas_tpu",)  # on its own platform, elsewhere in Pallas's interpret mode
+KERNELS = ("pallas_tpu", "pallas_gpu", "pallas_triton")  # elsewhere in Pallas's interpret mode
 
 
 def grouped_matmul(
@@ -34,8 +34,14 @@ def grouped_matmul(
     group_sizes_G: integers, G >= 1 groups; may be traced.
     group_offset: w holds groups [group_offset, group_offset + E); may be traced.
     backend: None for the platform's best, chosen when the program is lowered, else "reference",
-        "xla", "ragged_dot" or "pallas_tpu" (bfloat16 as it is, other dtypes in float32); a `Loops`
-        is "xla" with a say in how it trades compile time for run time (FAST_COMPILE, FAST_RUN).
+        "xla", "ragged_dot", "pallas_tpu" (bfloat16 as it is, other dtypes in float32), "pallas_gpu"
+        (Hopper alone: one 16-bit dtype, K and N in multiples of 64) or "pallas_triton" (NVIDIA
+        cards from Ampere on: 16-bit and float32). What "pallas_gpu" does not take goes to
+        "pallas_triton", and what that does not take to "xla". For CUDA, None means the kernels of
+        the card attached when the program is lowered, and portable code where there is none: a
+        program compiled for a card elsewhere names its backend. The GPU kernels have been
+        interpreted, and compiled for an H100; they have not yet run on a card. A `Loops` is "xla"
+        with a say in how it trades compile time for run time (FAST_COMPILE, FAST_RUN).
     Returns [R, N] in x's dtype, accumulated in float32; rows of groups that w does not hold and
     rows beyond sum(group_sizes) are zero. Differentiable in x and w, reverse mode, once.
     Raises ValueError on shapes that do not fit, and for "ragged_dot" with a group offset.
@@ -85,19 +91,20 @@ def grouped_matmul_of(
     whole = whole and leaves.shape[0] == group_sizes_G.shape[0]
     if backend == "ragged_dot" and not whole:
         raise ValueError("ragged_dot wants a plain array, E == G and group_offset == 0; use 'xla'.")
-    if backend == "pallas_tpu" and not plain:
-        raise ValueError("pallas_tpu wants a plain array; use 'xla', which decodes other formats.")
+    if backend in KERNELS and not plain:
+        raise ValueError(f"{backend} wants a plain array; use 'xla', which decodes other formats.")
     if backend == "xla" or (backend is None and not plain):
         backend = xla.FAST_RUN
-    chosen: str | PlatformBest | xla.Loops | None = backend
-    if backend is None:
+    chosen: str | PlatformBest | xla.Loops = backend or PlatformBest(
         # ragged_dot is masked dense on CPU: E times the flops. It is fast on some GPUs.
-        chosen = PlatformBest(tpu="pallas_tpu", default="ragged_dot" if whole else "xla")
+        tpu="pallas_tpu",
+        default="ragged_dot" if whole else "xla",
+    )
     return _dispatch(chosen, expert, columns, x_RxK, leaves, group_sizes_G, group_offset)
 
 
 class PlatformBest(NamedTuple):
-    """Backends by platform; on CPU it is "xla"."""
+    """Backends by platform; on CPU it is "xla", for CUDA it depends on the attached card."""
 
     tpu: str
     default: str
@@ -129,7 +136,12 @@ def _product(backend, expert, columns, x_RxK, leaves, group_sizes_G, group_offse
 
         return pallas_tpu.forward(x, (w,), sizes, offset)
 
+    def by_gpu_kernel(backend, x, w, sizes, offset):
+        kernels = gpu.kernels_for(backend, x, w)
+        return (kernels.forward if kernels else by_loop)(x, w, sizes, offset)
+
     ways = {"xla": by_loop, "ragged_dot": by_ragged_dot, "pallas_tpu": by_kernel}
+    ways |= {name: partial(by_gpu_kernel, name) for name in ("pallas_gpu", "pallas_triton")}
     out = Out((x_RxK.shape[0], columns), x_RxK.dtype)
     return _choose(backend, ways, out, x_RxK, leaves, group_sizes_G, group_offset)
 
@@ -157,7 +169,15 @@ def _product_backward(backend, expert, columns, saved, dy_RxN):
         dw = pallas_tpu_dw.weight_gradient(x, dy, sizes, offset, experts=w.shape[0], dtype=w.dtype)
         return dx.astype(x.dtype), dw
 
+    def by_gpu_kernel(backend, x, w, sizes, offset, dy):
+        kernels = gpu.kernels_for(backend, dy, w)
+        if kernels is None:
+            return by_loop(x, w, sizes, offset, dy)
+        dx = kernels.forward(dy, w, sizes, offset, transposed=True)
+        return dx, kernels.weight_gradient(x, dy, sizes, offset, experts=w.shape[0], dtype=w.dtype)
+
     ways = {"xla": by_loop, "ragged_dot": by_ragged_dot, "pallas_tpu": by_kernel}
+    ways |= {name: partial(by_gpu_kernel, name) for name in ("pallas_gpu", "pallas_triton")}
     arrays = (x_RxK, leaves, group_sizes_G, group_offset, dy_RxN)
     out = jax.tree.map(lambda like: Out(like.shape, like.dtype), (x_RxK, leaves))
     dx, dleaves = _choose(backend, ways, out, *arrays)
@@ -181,6 +201,7 @@ def _choose(backend, ways, out, *arrays):
         out=jax.tree.leaves(out, is_leaf=_is_out),
         cpu=flat(ways["xla"]),
         tpu=flat(ways[backend.tpu]),
+        cuda=lambda *arrays: flat(ways[gpu.attached_backend() or backend.default])(*arrays),
         default=flat(ways[backend.default]),
     )
     return jax.tree.unflatten(treedef, results)

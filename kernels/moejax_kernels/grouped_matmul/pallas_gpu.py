@@ -3,14 +3,15 @@
 - Persistent programs, one per multiprocessor, walk over tiles of the output: as many row tiles as
   the groups need, known on the device only. A tile begins where its group's rows begin; a group
   shorter than a tile computes on its neighbour's rows too and does not store them.
-- How many rows a copy moves is static. A tile of n rows is therefore stored by two copies of p rows,
-  p the power of two with p <= n < 2 p: the first p rows and the last p.
+- How many rows a copy moves is static. A tile of n rows is therefore stored by two copies of p
+  rows, p the power of two with p <= n < 2 p: the first p rows and the last p.
 - The weights are read as they lie; for dx the matrix unit takes them transposed from shared memory.
 - The weight gradient masks the rows behind a group in shared memory, in its last step only.
 
-WGMMA exists on compute capability 9 alone, not on newer cards. The kernels run in Pallas's interpret
-mode for GPUs and compile for an H100; they have not run on a card, and their tile sizes are a rule
-of thumb, not a measurement.
+WGMMA exists on compute capability 9 alone, not on newer cards. The kernels have been interpreted
+(Pallas's interpreter for GPUs, which knows neither transposed operands nor register layouts: the
+tests stand in for those) and compiled for an H100. They have not run on a card, and their tile
+sizes are a rule of thumb, not a measurement.
 """
 
 from __future__ import annotations
@@ -25,13 +26,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from moejax_kernels.grouped_matmul.blocks import bounds
 from moejax_kernels.grouped_matmul.row_tiles import in_slabs, row_tiles
+from moejax_kernels.platforms import alike
 
 PROGRAMS = 132  # multiprocessors of an H100 SXM; right, if not best, on a card with fewer or more
 DEPTH = 64  # inputs, or rows of a weight gradient, per step: 128 bytes, the widest swizzle
 STEPS = 4  # copies under way
 
 
-def fits(rows: int, inputs: int, columns: int, *dtypes) -> bool:
+def fits(inputs: int, columns: int, *dtypes) -> bool:
     """Whether the kernels take the operands: one 16-bit dtype, widths in multiples of 64."""
     same = len({jnp.dtype(dtype) for dtype in dtypes}) == 1
     half = jnp.dtype(dtypes[0]) in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
@@ -66,7 +68,10 @@ def forward(
         x.dtype,
         programs,
         "grouped_matmul",
-    )(*tiles, x, w_ExKxN)
+        *tiles,
+        x,
+        w_ExKxN,
+    )
     return y[:rows]
 
 
@@ -93,7 +98,11 @@ def weight_gradient(
         dtype,
         programs,
         "grouped_matmul_dw",
-    )(start_E, end_E, jnp.pad(x_RxK, missing), jnp.pad(dy_RxN, missing))
+        start_E,
+        end_E,
+        jnp.pad(x_RxK, missing),
+        jnp.pad(dy_RxN, missing),
+    )
 
 
 # Rows of 128 bytes in the order in which the matrix unit reads shared memory without conflicts.
@@ -105,14 +114,15 @@ def _block(shape, index_map):
     return plgpu.BlockSpec(shape, index_map, delay_release=1, transforms=_SWIZZLED)
 
 
-def _call(kernel, shape, dtype, programs, name):
+def _call(kernel, shape, dtype, programs, name, *operands):
     kernel.__name__ = name
-    return plgpu.kernel(
+    result = plgpu.kernel(
         kernel,
         out_type=jax.ShapeDtypeStruct(shape, dtype),
         grid=(programs,),
         grid_names=("program",),
-    )
+    )(*operands)
+    return alike(*operands, result)[-1]  # inside shard_map it varies as they do
 
 
 def _forward_kernel(

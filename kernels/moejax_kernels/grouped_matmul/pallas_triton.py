@@ -4,8 +4,9 @@ One program per tile of the output. Rows, columns and inputs that are missing fr
 where they are loaded and stored, so nothing is padded and nothing beyond a group is read into a
 product: NaN in other rows stays there. The weights are read as they lie, transposed or not.
 
-The kernels run in Pallas's interpret mode and compile for an H100; they have not run on a card, and
-their tile sizes are a rule of thumb, not a measurement.
+The kernels have been interpreted, and compiled for an H100. They have not run on a card, and their
+tile sizes are a rule of thumb, not a measurement. Bounds of loops are int32 explicitly: the
+compiler rejects a loop whose bounds lower to different types, as those of weak type do.
 """
 
 from __future__ import annotations
