@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 import jax.numpy as jnp
@@ -14,9 +13,8 @@ from moejax.checkpoint import payload_bytes
 from moejax.compress import Quantize
 from moejax.core import MoejaxError, SpecError, check_that, spec
 from moejax.core.atomic import write_atomically
-from moejax.core.axes import EXPERT
 from moejax.jobs.plan import Plan, model_table
-from moejax.mesh import MeshSpec, Stored, bytes_per_device
+from moejax.mesh import MeshSpec, bytes_per_device
 from moejax.models import DecoderLM, ModelSpec, abstract_model, count_parameters, parameters
 from moejax.runs import RunFolder
 
@@ -113,24 +111,14 @@ def short(count: int) -> str:
 
 
 def _on_device(model: DecoderLM, mesh: MeshSpec) -> str:
+    named = parameters(model)
+    banks = {name: ".moe.experts." in name for name in named}
     try:
-        size = bytes_per_device(stored_arrays(model), mesh) / 1e9
+        size = bytes_per_device(named, mesh, banks, _STORED.itemsize) / 1e9
     except SpecError as error:
         return error.problem.removeprefix("MeshSpec.")
     fits = mesh.memory_gb is None or size <= mesh.memory_gb
     return f"{size:,.1f}" if fits else f"{size:,.1f} of {mesh.memory_gb:g}"
-
-
-def stored_arrays(model: DecoderLM) -> Iterator[Stored]:
-    """The arrays that a model's weights lie in, plain ones as bfloat16; works on outlines."""
-    for name, weight in parameters(model).items():
-        lead = (EXPERT,) if ".moe.experts." in name else ()
-        rank = len(weights.shape(weight)) - len(lead)
-        axes = weights.logical_axes(weight, (*lead, *(None,) * rank))
-        plain = not isinstance(weight, weights.Format)
-        for leaf, array in weights.flatten(weight).items():
-            itemsize = _STORED.itemsize if plain else array.dtype.itemsize
-            yield Stored(tuple(array.shape), itemsize, axes.get(leaf, ())[:1] == (EXPERT,))
 
 
 def _axes(mesh: MeshSpec) -> str:

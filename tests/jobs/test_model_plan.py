@@ -8,7 +8,7 @@ from rich.console import Console
 
 from moejax.config import load_config
 from moejax.core import SpecError
-from moejax.jobs.model_plan import PlanModel, published, short, stored_arrays
+from moejax.jobs.model_plan import PlanModel, published, short
 from moejax.mesh import MeshSpec, bytes_per_device
 from moejax.models import abstract_model, count_parameters, parameters
 
@@ -77,16 +77,16 @@ def test_a_plan_tells_what_a_reader_asks_for():
 
 def test_what_lies_on_a_device_is_a_share_of_what_is_cut():
     """Catches routers and embeddings cut over the expert axis, and codes without their scales."""
-    model = abstract_model(planned("nano").model)
-    named, arrays = parameters(model), list(stored_arrays(model))
-    one = bytes_per_device(arrays, MeshSpec())
+    named = parameters(abstract_model(planned("nano").model))
+    banks = {name: ".moe.experts." in name for name in named}
+    one = bytes_per_device(named, MeshSpec(), banks, 2)
     assert one == 2 * sum(count_size(w) for w in named.values())
-    experts = 2 * sum(count_size(w) for name, w in named.items() if ".moe.experts." in name)
-    assert bytes_per_device(arrays, MeshSpec(expert=4)) == one - experts + experts // 4
-    assert bytes_per_device(arrays, MeshSpec(data=8)) == one
-    assert one / 8 <= bytes_per_device(arrays, MeshSpec(fsdp=8)) < one / 7
+    experts = 2 * sum(count_size(w) for name, w in named.items() if banks[name])
+    assert bytes_per_device(named, MeshSpec(expert=4), banks, 2) == one - experts + experts // 4
+    assert bytes_per_device(named, MeshSpec(data=8), banks, 2) == one
+    assert one / 8 <= bytes_per_device(named, MeshSpec(fsdp=8), banks, 2) < one / 7
     with pytest.raises(SpecError, match="does not divide"):
-        bytes_per_device(arrays, MeshSpec(expert=3))
+        bytes_per_device(named, MeshSpec(expert=3), banks, 2)
 
 
 def count_size(weight):
