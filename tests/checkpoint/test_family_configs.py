@@ -100,6 +100,9 @@ def test_windows_of_gpt_oss_have_the_width_of_its_class():
     ("name", "fields"),
     [
         ("qwen2_moe", {"layer_types": ["sliding_attention", "full_attention"]}),
+        ("gpt_oss", {"layer_types": [["full_attention"]] * L}),
+        ("gpt_oss", {"layer_types": ["full_attention"]}),
+        ("qwen3_moe", {"mlp_only_layers": [[0]]}),
         ("granitemoe", {"logits_scaling": 0.0}),
         ("hunyuan_v1_moe", {"use_cla": True}),
         ("hunyuan_v1_moe", {"use_qk_norm": False}),
