@@ -12,6 +12,7 @@ from moejax.checkpoint.families import families
 from moejax.checkpoint.importing import read_spec
 from moejax.core import CheckpointError
 from moejax.models import YaRN
+from moejax.moe import PNormGates, SoftmaxGates
 from tests.checkpoint.hf_folders import FULL, L, W
 
 # The renormalised gates of FULL are not DeepSeek-V2's; DBRX has its norm between its own fields.
@@ -136,6 +137,19 @@ def test_the_config_of_hunyuan_a13b_comes_in():
     rope = spec.layers[0].mixer.rope
     assert rope.scaling is None and rope.base == 10_000.0 * 1000.0 ** (W / (W - 2))
     assert again("hunyuan_v1_moe", spec) == spec
+
+
+def test_dbrx_normalises_unless_its_config_says_null():
+    """Catches the release's gates left as they are: its config has no word of their norm."""
+    table = FULL["ffn_config"]
+    for fields, gates in (
+        (table, PNormGates(order=1.0)),
+        (table | {"moe_normalize_expert_weights": 2.0}, PNormGates(order=2.0)),
+        (table | {"moe_normalize_expert_weights": None}, SoftmaxGates()),
+    ):
+        spec = read("dbrx", ffn_config=fields)
+        assert spec.layers[0].ffn.router.gates == gates
+        assert again("dbrx", spec) == spec
 
 
 def test_older_scaling_goes_before_newer_parameters():
