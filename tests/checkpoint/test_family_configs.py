@@ -1,6 +1,7 @@
 """What each family's config says and does not say: nothing that changes a model is left out."""
 
 import contextlib
+import math
 
 import pytest
 from hypothesis import given, settings
@@ -137,6 +138,13 @@ def test_the_config_of_hunyuan_a13b_comes_in():
     rope = spec.layers[0].mixer.rope
     assert rope.scaling is None and rope.base == 10_000.0 * 1000.0 ** (W / (W - 2))
     assert again("hunyuan_v1_moe", spec) == spec
+
+
+def test_a_yarn_scale_that_divides_by_nothing_is_refused():
+    """Catches 0.1 w ln(4) + 1 = 0 below a fraction, at w = -10 / ln(4)."""
+    scaling = {"type": "yarn", "factor": 4, "mscale": 1.0, "mscale_all_dim": -10 / math.log(4)}
+    with pytest.raises(CheckpointError, match="mscale_all_dim"):
+        read("llama", rope_scaling=scaling | {"original_max_position_embeddings": 8})
 
 
 def test_dbrx_normalises_unless_its_config_says_null():
