@@ -43,6 +43,11 @@ class ConfigReader:
         self.read.add(name)
         return self._fields.get(name)
 
+    def has(self, name: str) -> bool:
+        """Whether the field is there, null or not."""
+        self.read.add(name)
+        return name in self._fields
+
     def integer(self, name: str, default: int = _NEEDED, most: int = 1 << 20) -> int:
         """A whole number from 0 to `most`, beyond which it is no size of a model but damage."""
         value = self._value(name, default)

@@ -69,8 +69,10 @@ def read_sparse_layers(
     if not isinstance(dense, list | tuple) or not all(type(i) is int for i in dense):
         config.refuse("mlp_only_layers", "a list of layers")
 
+    plain = set(dense)
+
     def ffn(layer: int) -> MoESpec | DenseSpec:
-        if layer not in dense and (layer + 1) % step == 0:
+        if layer not in plain and (layer + 1) % step == 0:
             return routed
         width = config.integer("intermediate_size")
         return DenseSpec(width=width, activation=routed.activation)

@@ -79,7 +79,7 @@ def read_config(folder: Path | str) -> tuple[dict[str, Any], Family, ModelSpec, 
         raise CheckpointError(f"{folder} has no {CONFIG}.", "Give the folder of a whole model.")
     try:
         config = read_json(path)
-    except (RunError, RecursionError) as error:
+    except RunError as error:
         raise CheckpointError(f"{path} is no JSON.", "Fetch it again.") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{path} is no table of fields.", "Fetch it again.")

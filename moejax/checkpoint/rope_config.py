@@ -99,6 +99,8 @@ def _yarn_scale(table: ConfigReader, factor: float) -> float | None:
         return table.number("attention_factor")
     mscale, of_all = table.number("mscale", 0.0), table.number("mscale_all_dim", 0.0)
     if mscale and of_all:
+        if of_all < 0:
+            table.refuse("mscale_all_dim", "a number of at least 0")
         return yarn_mscale(factor, mscale) / yarn_mscale(factor, of_all)
     return None
 

@@ -71,7 +71,7 @@ def read_json(path: Path | str) -> Any:
     """The JSON in `path`; RunError when it is missing or damaged."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RunError(
             f"{path} cannot be read: {error}.", "Was it written by an interrupted run?"
         ) from error

@@ -35,6 +35,8 @@ def gguf_tokenizer(file: GGUF) -> Tokenizer:
             "Use the tokenizer.json of the model's Hugging Face folder.",
         )
     tokens = file.field("tokenizer.ggml.tokens", list)
+    if not all(isinstance(token, str) for token in tokens):
+        raise DataError(f"{file.path}: tokenizer.ggml.tokens holds other things than text.", _AGAIN)
     special = _special(file, tokens)
     bpe = tokenizers.Tokenizer(_bpe(file, tokens))
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
@@ -72,6 +74,8 @@ def _special(file: GGUF, tokens: list[str]) -> list[str]:
             f"{file.path}: {len(tokens)} tokens, but tokenizer.ggml.token_type has {len(kinds)}.",
             _AGAIN,
         )
+    if kinds.dtype.kind not in "iu":
+        raise DataError(f"{file.path}: tokenizer.ggml.token_type holds {kinds.dtype}.", _AGAIN)
     if other := sorted({int(kind) for kind in kinds} - {_NORMAL, _CONTROL}):
         raise DataError(
             f"{file.path}: tokenizer.ggml.token_type holds {other[0]}; moejax reads 1 (normal) "

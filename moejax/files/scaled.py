@@ -28,7 +28,8 @@ _FP4 = np.concatenate([_FP4, -_FP4])
 def as_floats(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
     """The tensors by name, each pair of codes and scales as one tensor of what it stands for.
 
-    Raises CheckpointError if a pair does not fit together, or a float8 tensor has no scales.
+    Raises CheckpointError if a pair does not fit together or stands beside what it stands for, or
+    a float8 tensor has no scales.
     """
     seen: dict[str, StoredTensor] = dict(tensors)
     for name in tensors:
@@ -37,6 +38,11 @@ def as_floats(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
             if stem in tensors:
                 seen[stem] = _float8(stem, tensors[stem], seen.pop(name))
         elif name.endswith(_CODES) and (stem := name.removesuffix(_CODES)) + _EXPONENTS in tensors:
+            if stem in tensors:
+                raise CheckpointError(
+                    f"the files hold {stem} and, as MXFP4, {name} of the same name.",
+                    "Only one of them can be the weight; fetch the folder again.",
+                )
             seen[stem] = _mxfp4(stem, seen.pop(name), seen.pop(stem + _EXPONENTS))
     for name, tensor in seen.items():
         if tensor.dtype == _FLOAT8:

@@ -1,6 +1,7 @@
 """What each family's config says and does not say: nothing that changes a model is left out."""
 
 import contextlib
+import math
 
 import pytest
 from hypothesis import given, settings
@@ -12,6 +13,7 @@ from moejax.checkpoint.families import families
 from moejax.checkpoint.importing import read_spec
 from moejax.core import CheckpointError
 from moejax.models import YaRN
+from moejax.moe import PNormGates, SoftmaxGates
 from tests.checkpoint.hf_folders import FULL, L, W
 
 # The renormalised gates of FULL are not DeepSeek-V2's; DBRX has its norm between its own fields.
@@ -100,6 +102,9 @@ def test_windows_of_gpt_oss_have_the_width_of_its_class():
     ("name", "fields"),
     [
         ("qwen2_moe", {"layer_types": ["sliding_attention", "full_attention"]}),
+        ("gpt_oss", {"layer_types": [["full_attention"]] * L}),
+        ("gpt_oss", {"layer_types": ["full_attention"]}),
+        ("qwen3_moe", {"mlp_only_layers": [[0]]}),
         ("granitemoe", {"logits_scaling": 0.0}),
         ("hunyuan_v1_moe", {"use_cla": True}),
         ("hunyuan_v1_moe", {"use_qk_norm": False}),
@@ -133,6 +138,26 @@ def test_the_config_of_hunyuan_a13b_comes_in():
     rope = spec.layers[0].mixer.rope
     assert rope.scaling is None and rope.base == 10_000.0 * 1000.0 ** (W / (W - 2))
     assert again("hunyuan_v1_moe", spec) == spec
+
+
+def test_a_yarn_scale_that_divides_by_nothing_is_refused():
+    """Catches 0.1 w ln(4) + 1 = 0 below a fraction, at w = -10 / ln(4)."""
+    scaling = {"type": "yarn", "factor": 4, "mscale": 1.0, "mscale_all_dim": -10 / math.log(4)}
+    with pytest.raises(CheckpointError, match="mscale_all_dim"):
+        read("llama", rope_scaling=scaling | {"original_max_position_embeddings": 8})
+
+
+def test_dbrx_normalises_unless_its_config_says_null():
+    """Catches the release's gates left as they are: its config has no word of their norm."""
+    table = FULL["ffn_config"]
+    for fields, gates in (
+        (table, PNormGates(order=1.0)),
+        (table | {"moe_normalize_expert_weights": 2.0}, PNormGates(order=2.0)),
+        (table | {"moe_normalize_expert_weights": None}, SoftmaxGates()),
+    ):
+        spec = read("dbrx", ffn_config=fields)
+        assert spec.layers[0].ffn.router.gates == gates
+        assert again("dbrx", spec) == spec
 
 
 def test_older_scaling_goes_before_newer_parameters():

@@ -40,13 +40,13 @@ def test_the_folder_says_what_ends_a_document(folder, file, fields, end):
     assert found.decode([found.end_of_document]) == end
 
 
-@pytest.mark.parametrize("bad", ["{", ""])
+@pytest.mark.parametrize("bad", ["{", "", "[" * 20_000])
 def test_damage_and_absence_are_named(folder, bad):
     """Catches a raw error of the tokenizers library, or a default for what is damaged."""
     (folder / "tokenizer_config.json").write_text('{"eos_token": "nowhere"}')
     with pytest.raises(DataError, match="no token 'nowhere'"):
         folder_tokenizer(folder)
-    (folder / "tokenizer_config.json").write_text("{")
+    (folder / "tokenizer_config.json").write_text(bad)
     with pytest.raises(DataError, match="tokenizer_config"):
         folder_tokenizer(folder)
     (folder / "tokenizer_config.json").unlink()

@@ -66,6 +66,8 @@ DAMAGED = {
     "holds a token twice": {"tokens": (w.ARRAY, (w.STRING, ["a"] * SIZE))},
     "fits no tokens": {"merges": (w.ARRAY, (w.STRING, ["nowhere tobefound"]))},
     "token_type has 1": {"token_type": (w.ARRAY, (w.I32, [1]))},
+    "token_type holds float32": {"token_type": (w.ARRAY, (w.F32, [float("nan")] * SIZE))},
+    "other things than text": {"tokens": (w.ARRAY, (w.ARRAY, [(w.U8, [1])] * SIZE))},
     "token_type holds 6": {"token_type": (w.ARRAY, (w.I32, [6] * SIZE))},
     "no token '<|endoftext|>'": {
         "tokens": (w.ARRAY, (w.STRING, [f"t{i}" for i in range(SIZE)])),

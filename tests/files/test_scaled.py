@@ -83,3 +83,14 @@ def test_mxfp4_parts_that_do_not_fit_are_named(tmp_path):
             x_blocks=np.ones((2, 3, 4, 8), np.uint8),
             x_scales=np.ones((2, 3, 4), np.uint8),
         )
+
+
+def test_a_weight_that_is_there_twice_is_refused(tmp_path):
+    """Catches one of the two dropped without a word: as floats, and as codes with scales."""
+    with pytest.raises(CheckpointError, match="hold x and, as MXFP4, x_blocks"):
+        stored(
+            tmp_path,
+            x=np.ones((2, 128, 3), np.float32),
+            x_blocks=np.ones((2, 3, 4, 16), np.uint8),
+            x_scales=np.ones((2, 3, 4), np.uint8),
+        )

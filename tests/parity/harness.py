@@ -28,7 +28,10 @@ from moejax.models import (
     Output,
     forward,
     init_state,
+    layers,
     parameters,
+    select_experts,
+    with_layers,
     with_parameters,
 )
 from moejax.models.decoder import layer as layer_of
@@ -190,20 +193,35 @@ def without_renormalisation(model: DecoderLM) -> DecoderLM | None:
     return None if spec == model.spec else with_parameters(spec, parameters(model))
 
 
-def exported_logits(case_pair: Pair, folder: Path) -> np.ndarray:
-    """Logits of transformers, from the folder that we export the model to."""
+def exported_logits(case_pair: Pair, folder: Path, edited: DecoderLM | None = None) -> np.ndarray:
+    """Logits of transformers, from the folder that we export the model to, or an edited one."""
     import torch
     import transformers
 
     imported = case_pair.imported
-    export_model(folder, imported.model, family=imported.family, config=imported.config)
-    model, report = transformers.AutoModelForCausalLM.from_pretrained(
+    model = imported.model if edited is None else edited
+    export_model(folder, model, family=imported.family, config=imported.config)
+    loaded, report = transformers.AutoModelForCausalLM.from_pretrained(
         folder, output_loading_info=True, attn_implementation="eager", dtype=torch.float32
     )
     lost = {key: found for key, found in report.items() if found and key != "error_msgs"}
     assert not lost, lost
     with torch.no_grad():
-        return model.eval()(torch.tensor(case_pair.tokens)).logits.numpy()
+        return loaded.eval()(torch.tensor(case_pair.tokens)).logits.numpy()
+
+
+def pruned(model: DecoderLM) -> DecoderLM:
+    """The model without its last layer, and without the first expert of every routed one."""
+    blocks = layers(model)[:-1]
+    return with_layers(
+        model,
+        [
+            select_experts(block, list(range(1, block.spec.ffn.experts)))
+            if isinstance(block.spec.ffn, MoESpec)
+            else block
+            for block in blocks
+        ],
+    )
 
 
 def _unnormalised(spec: ModelSpec) -> ModelSpec:

@@ -65,3 +65,20 @@ def test_transformers_loads_the_export(case, seed, tmp_path):
     again = harness.exported_logits(both, tmp_path / "out")
     assert error(again, both.expected) <= BOUND
     assert np.isfinite(again).all()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [  # lists per layer in the config; a count of experts with two names; experts in one tensor
+        "qwen2_moe",
+        pytest.param("qwen3_moe", marks=pytest.mark.slow),
+        pytest.param("gpt_oss", marks=pytest.mark.slow),
+    ],
+)
+def test_transformers_loads_the_export_of_a_pruned_model(name, tmp_path):
+    """Catches fields of the original config that the edited model contradicts: layer_types."""
+    (case,) = (case for case in ROUTED if str(case) == name)
+    both = pair(case, 0)
+    edited = harness.pruned(both.model)
+    again = harness.exported_logits(both, tmp_path / "out", edited)
+    assert error(harness.prefill(edited, both.tokens), again) <= BOUND

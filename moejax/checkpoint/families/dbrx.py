@@ -14,6 +14,7 @@ from moejax.models import AttentionSpec, LayerNorm, LayerSpec, ModelSpec
 from moejax.moe import Gates, MoESpec, PNormGates, RouterSpec, SoftmaxGates, TopK
 
 _BLOCK = "transformer.blocks.{l}"
+_ORDER = "moe_normalize_expert_weights"
 _ATTENTION, _EXPERTS = f"{_BLOCK}.norm_attn_norm", f"{_BLOCK}.ffn.experts.mlp"
 
 
@@ -29,9 +30,9 @@ def _spec(config: ConfigReader) -> ModelSpec:
         clip=attention.optional_number("clip_qkv"),
     )
     act = ffn.table("ffn_act_fn")
-    gates: Gates = SoftmaxGates()
-    if (order := ffn.optional_number("moe_normalize_expert_weights")) is not None:
-        gates = PNormGates(order=order)
+    # The release leaves the field out and means 1; null means that gates are not normalised.
+    order = ffn.optional_number(_ORDER) if ffn.has(_ORDER) else 1.0
+    gates: Gates = SoftmaxGates() if order is None else PNormGates(order=order)
     routed = MoESpec(
         experts=ffn.integer("moe_num_experts"),
         width=ffn.integer("ffn_hidden_size"),
@@ -66,7 +67,7 @@ def _config(spec: ModelSpec) -> dict[str, Any]:
             "ffn_hidden_size": ffn.width,
             "moe_num_experts": ffn.experts,
             "moe_top_k": getattr(ffn.router.selector, "k", 0),
-            "moe_normalize_expert_weights": getattr(ffn.router.gates, "order", None),
+            _ORDER: getattr(ffn.router.gates, "order", None),
         },
         "tie_word_embeddings": spec.tie_embeddings,
         **rope,

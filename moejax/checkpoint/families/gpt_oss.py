@@ -30,7 +30,8 @@ def _spec(config: ConfigReader) -> ModelSpec:
     if kinds is None:
         kinds = [_FULL if i % 2 else _WINDOWED for i in range(depth)]
     mixers = {_WINDOWED: windowed, _FULL: full}
-    if not isinstance(kinds, list) or len(kinds) != depth or not set(kinds) <= set(mixers):
+    listed = isinstance(kinds, list) and len(kinds) == depth
+    if not listed or not all(isinstance(kind, str) and kind in mixers for kind in kinds):
         config.refuse("layer_types", f"{depth} of {_WINDOWED} and {_FULL}")
     ffn = MoESpec(
         experts=config.integer("num_local_experts"),

@@ -23,13 +23,13 @@ from moejax.checkpoint.decoder_config import (
     the_one,
 )
 from moejax.checkpoint.family import ATTENTION_BIASES, DECODER, EXPERTS, Family
+from moejax.checkpoint.rope_config import read_alpha_rope
 from moejax.checkpoint.rules import copied, transposed
 from moejax.models import (
     AttentionSpec,
     EarlierKV,
     LayerSpec,
     ModelSpec,
-    Rope,
     RotatedHeadNorm,
     SharedKV,
 )
@@ -47,7 +47,7 @@ def _spec(config: ConfigReader) -> ModelSpec:
     fields: dict[str, Any] = {"qkv_bias": bias, "o_bias": bias}
     if normed:
         fields["qk_norm"] = RotatedHeadNorm(norm=read_norm(config))
-    if (rope := _alpha_rope(config)) is not None:
+    if (rope := read_alpha_rope(config)) is not None:
         fields["rope"] = rope
     own = read_attention(config, **fields)
     width, k = config.integer("intermediate_size"), config.uniform("moe_topk", 1)
@@ -73,18 +73,6 @@ def _spec(config: ConfigReader) -> ModelSpec:
             for i in range(config.depth("num_hidden_layers"))
         ),
     )
-
-
-def _alpha_rope(config: ConfigReader) -> Rope | None:
-    """The rotation that `rope_scaling` with an alpha means; None for any other."""
-    scaling = config.table("rope_scaling")
-    if scaling is None or scaling.raw("type") != "dynamic" or scaling.raw("alpha") is None:
-        return None
-    width = config.integer("hidden_size") // max(config.integer("num_attention_heads"), 1)
-    alpha, theta = scaling.number("alpha"), config.number("rope_theta", 10_000.0)
-    if width < 4 or alpha <= 0:
-        config.refuse("rope_scaling", "alpha above 0, for heads of at least 4 dimensions")
-    return Rope(base=theta * alpha ** (width / (width - 2)))
 
 
 def _config(spec: ModelSpec) -> dict[str, Any]:

@@ -1,4 +1,9 @@
-"""Phi-3.5-MoE (arXiv:2404.14219) and GRIN-MoE (arXiv:2409.12136): SparseMixer, LayerNorms."""
+"""Phi-3.5-MoE (arXiv:2404.14219) and GRIN-MoE (arXiv:2409.12136): SparseMixer, LayerNorms.
+
+Texts beyond the original length turn by the long divisors, as LongRope has it; transformers 5.23.0
+changes their scale alone and keeps the short ones (PhimoeRotaryEmbedding.forward), so that logits
+equal its own up to that length.
+"""
 
 from __future__ import annotations
 
