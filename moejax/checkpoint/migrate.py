@@ -10,8 +10,8 @@ from moejax.core import CheckpointError
 Data = dict[str, Any]
 
 VERSION = 2
-"""Of the manifests written now. 2: norms and rotary positions are specs of their own; codes of 3, 5,
-6 and 7 bits stay within a byte lane of words (moejax_kernels.quantized_grouped_matmul)."""
+"""Of the manifests written now. 2: norms and rotary positions are specs of their own; codes of 3,
+5, 6 and 7 bits stay within a byte lane of words (moejax_kernels.quantized_grouped_matmul)."""
 
 
 def migrated(manifest: Data) -> Data:

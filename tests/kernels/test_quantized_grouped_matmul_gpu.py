@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from moejax_kernels.grouped_matmul import reference
-from moejax_kernels.quantized_grouped_matmul import pallas_triton
+from moejax_kernels.quantized_grouped_matmul import pallas_triton, quantized_grouped_matmul
 from moejax_kernels.shapes import DEEPSEEK, OLMOE
 
 R, K, N, E, GROUPS = 20, 512, 72, 3, 2
@@ -70,3 +70,18 @@ def test_real_shapes_lower(model, bits):
     assert pallas_triton.fits(*structs[:3], bits)
     traced = jax.jit(partial(pallas_triton.forward, bits=bits)).trace(*structs)
     assert "xla.gpu.triton" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+def test_the_op_takes_it_by_name():
+    """Catches a kernel that the op cannot reach, and an addend that it drops without a word."""
+    words, scale, zeros, _ = packed(4, "float")
+    x, sizes = jnp.ones((R, K)), jnp.asarray([3, 0, 14], jnp.int32)
+    call = partial(quantized_grouped_matmul, bits=4, backend="pallas_triton")
+    lowering = (
+        jax.jit(call).trace(x, words, scale, zeros, sizes).lower(lowering_platforms=("cuda",))
+    )
+    assert "__gpu$xla.gpu.triton" in lowering.as_text()
+    addend = (jnp.ones((E, K, 2)), jnp.ones((E, 2, N)))
+    for refused in ({"addend": addend}, {"activation_bits": 8}):
+        with pytest.raises(ValueError, match="pallas_triton takes"):
+            call(x, words, scale, zeros, sizes, **refused)

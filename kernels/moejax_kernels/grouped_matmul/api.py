@@ -37,11 +37,10 @@ def grouped_matmul(
         "xla", "ragged_dot", "pallas_tpu" (bfloat16 as it is, other dtypes in float32), "pallas_gpu"
         (Hopper alone: one 16-bit dtype, K and N in multiples of 64) or "pallas_triton" (NVIDIA
         cards from Ampere on: 16-bit and float32). What "pallas_gpu" does not take goes to
-        "pallas_triton", and what that does not take to "xla". For CUDA, None means the kernels of
-        the card attached when the program is lowered, and portable code where there is none: a
-        program compiled for a card elsewhere names its backend. The GPU kernels have been
-        interpreted, and compiled for an H100; they have not yet run on a card. A `Loops` is "xla"
-        with a say in how it trades compile time for run time (FAST_COMPILE, FAST_RUN).
+        "pallas_triton", and what that does not take to "xla". The GPU kernels have been
+        interpreted, and compiled for an H100; they have not yet run on a card, so that None takes
+        portable code there. A `Loops` is "xla" with a say in how it trades compile time for run
+        time (FAST_COMPILE, FAST_RUN).
     Returns [R, N] in x's dtype, accumulated in float32; rows of groups that w does not hold and
     rows beyond sum(group_sizes) are zero. Differentiable in x and w, reverse mode, once.
     Raises ValueError on shapes that do not fit, and for "ragged_dot" with a group offset.
@@ -104,7 +103,7 @@ def grouped_matmul_of(
 
 
 class PlatformBest(NamedTuple):
-    """Backends by platform; on CPU it is "xla", for CUDA it depends on the attached card."""
+    """Backends by platform; on CPU it is "xla"."""
 
     tpu: str
     default: str
@@ -201,7 +200,6 @@ def _choose(backend, ways, out, *arrays):
         out=jax.tree.leaves(out, is_leaf=_is_out),
         cpu=flat(ways["xla"]),
         tpu=flat(ways[backend.tpu]),
-        cuda=lambda *arrays: flat(ways[gpu.attached_backend() or backend.default])(*arrays),
         default=flat(ways[backend.default]),
     )
     return jax.tree.unflatten(treedef, results)

@@ -9,11 +9,16 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from moejax_kernels.grouped_matmul import xla as dense_xla
-from moejax_kernels.quantized_grouped_matmul import pallas_tpu, reference, xla
+from moejax_kernels.quantized_grouped_matmul import (
+    pallas_tpu,
+    pallas_triton,
+    reference,
+    xla,
+)
 from moejax_kernels.quantized_grouped_matmul.layout import WORD, layout
 from moejax_kernels.quantized_grouped_matmul.reference import STEPS, Leaves
 
-BACKENDS = ("reference", "xla", "pallas_tpu")
+BACKENDS = ("reference", "xla", "pallas_tpu", "pallas_triton")
 
 
 def quantized_grouped_matmul(
@@ -47,7 +52,9 @@ def quantized_grouped_matmul(
         that integer matrix units can be used; an element is off by half a step at most, which at
         24 bits is less than float32 sums lose. The low-rank term sees x unrounded. Gradients go
         straight through the rounding.
-    backend: None for the platform's best, else one of BACKENDS.
+    backend: None for the platform's best, else one of BACKENDS. "pallas_triton" is for few rows per
+        expert on NVIDIA cards: 4 or 8 bits, without addend or activation_bits; it compiles for an
+        H100 and has not run on a card, so that None takes portable code there.
     Returns [R, N] in x's dtype, accumulated in float32; rows of groups without an expert here and
     rows beyond sum(group_sizes) are zero. Differentiable in x, scale, a float zero and the addend,
     reverse mode, once; the backward pass decodes the experts again.
@@ -61,6 +68,15 @@ def quantized_grouped_matmul(
         raise ValueError(
             f"the TPU kernel wants columns in 128s and whole chunks of inputs and groups; words "
             f"{words.shape} of {bits} bits with {scale.shape[1]} groups do not fit; use 'xla'."
+        )
+    if backend == "pallas_triton" and (
+        addend is not None
+        or activation_bits is not None
+        or not pallas_triton.fits(x_RxK, words, scale, bits)
+    ):
+        raise ValueError(
+            f"pallas_triton takes 4 or 8 bits in groups of at least 16 words, x as it is and no "
+            f"addend; got {bits} bits, words {words.shape}, {scale.shape[1]} groups; use 'xla'."
         )
     return _jitted(backend, bits, activation_bits, x_RxK, leaves, group_sizes_G, group_offset)
 
@@ -111,6 +127,11 @@ def _product(backend, bits, activation_bits, x_RxK, leaves, group_sizes_G, group
         return reference.forward(*operands, **options)
     if backend == "pallas_tpu":
         return pallas_tpu.forward(*operands, **options)
+    if backend == "pallas_triton":
+        words, scale, zero = leaves.words, leaves.scale, leaves.zero
+        return pallas_triton.forward(
+            x_RxK, words, scale, zero, group_sizes_G, group_offset, bits=bits
+        )
     if backend == "xla" or not pallas_tpu.fits(x_RxK, leaves, group_sizes_G, bits):
         return portable(*operands)
     # Decided when the program is lowered: a TPU program may be compiled on a machine without one.
