@@ -1,5 +1,7 @@
 """One CPU platform and one persistent compilation cache for all test processes."""
 
+import gc
+import itertools
 import os
 from pathlib import Path
 
@@ -23,3 +25,20 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.module.__name__.startswith("tests.systems."):
             item.add_marker(pytest.mark.xdist_group(item.module.__name__))
+
+
+MOST_MAPS = 30_000  # of memory: Linux gives a process 65,530, and every compiled program takes some
+_MAPS = Path("/proc/self/maps")
+_tests = itertools.count(1)
+
+
+@pytest.fixture(autouse=True)
+def _few_programs():
+    """Forgets compiled programs before a worker that runs most of the suite is out of memory maps.
+
+    XLA then dies of a segmentation fault, wherever it asks for the next one.
+    """
+    yield
+    if next(_tests) % 20 == 0 and _MAPS.exists() and _MAPS.read_bytes().count(b"\n") > MOST_MAPS:
+        jax.clear_caches()
+        gc.collect()
