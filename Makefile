@@ -38,13 +38,13 @@ docs: setup
 	  cd ../..; done
 
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --max-worker-restart 0
 
 # These compute more than they compile: LLVM optimizes, which tests else do without.
 slow systems: export XLA_FLAGS =
 
 slow: setup
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "slow or assets or chromium"
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --max-worker-restart 0 -m "slow or assets or chromium"
 
 lint:
 	$(MAKE) setup EXTRAS=test,lint
@@ -60,7 +60,7 @@ bench:
 	$(BIN)/python -m moejax.weights.bench
 
 systems: setup
-	$(BIN)/python -m pytest -n 2 --dist loadgroup tests/systems -m ""
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --max-worker-restart 0 tests/systems -m ""
 	$(RUN) systems --markdown > docs/systems.md
 
 clean:
