@@ -32,7 +32,7 @@ from moejax.moe import (
     TopK,
 )
 
-pytestmark = pytest.mark.parity
+pytestmark = [pytest.mark.parity, pytest.mark.slow]
 torch = pytest.importorskip("torch", reason="torch is not installed: no parity with transformers")
 pytest.importorskip("transformers", reason="transformers is not installed: no parity with it")
 

@@ -12,9 +12,20 @@ pytestmark = pytest.mark.parity
 SEEDS = [0, pytest.param(1, marks=pytest.mark.slow)]
 
 
+MAIN = {"mixtral", "olmoe", "qwen2_moe", "deepseek_v2", "deepseek_v3", "gpt_oss", "llama"}
+
+
 def cases(chosen):
-    """One worker has all tests of a case, which share its models and compiled programs."""
-    marked = [pytest.param(case, marks=pytest.mark.xdist_group(str(case))) for case in chosen]
+    """One worker has all tests of a case, which share its models and compiled programs.
+
+    Those that are not MAIN are slow: what sets them apart, block tests see by default.
+    """
+
+    def marks(case):
+        group = pytest.mark.xdist_group(str(case))
+        return (group,) if str(case) in MAIN else (group, pytest.mark.slow)
+
+    marked = [pytest.param(case, marks=marks(case)) for case in chosen]
     return pytest.mark.parametrize("case", marked, ids=[str(case) for case in chosen])
 
 

@@ -139,9 +139,20 @@ def _drawn(random: np.random.Generator, name: str, shape: tuple[int, ...], gain:
     return ((gain if "experts" in name else 1.0) * inputs**-0.5 * noise).astype(np.float32)
 
 
+MAIN = {"arctic", "openmoe", "hunyuan"}  # whose layers are put together as no other family's are
+
+
 def cases(chosen):
-    """One worker has all tests of a case, which share its model and compiled programs."""
-    marked = [pytest.param(case, marks=pytest.mark.xdist_group(str(case))) for case in chosen]
+    """One worker has all tests of a case, which share its model and compiled programs.
+
+    Those that are not MAIN are slow.
+    """
+
+    def marks(case):
+        group = pytest.mark.xdist_group(str(case))
+        return (group,) if str(case) in MAIN else (group, pytest.mark.slow)
+
+    marked = [pytest.param(case, marks=marks(case)) for case in chosen]
     return pytest.mark.parametrize("case", marked, ids=[str(case) for case in chosen])
 
 
