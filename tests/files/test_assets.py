@@ -103,8 +103,8 @@ def test_member_that_is_missing_or_damaged_is_named(tmp_path):
 
 def test_every_asset_is_pinned():
     """Catches an asset without a version, a whole sha256 or a licence."""
-    for name, asset in ASSETS.items():
-        assert name == asset.package
+    for asset in ASSETS.values():
+        assert asset.package and asset.member
         assert asset.version and asset.licence and asset.nbytes > 0
         assert len(bytes.fromhex(asset.sha256)) == 32
 
