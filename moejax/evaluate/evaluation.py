@@ -17,6 +17,7 @@ from moejax.evaluate.scores import Scores, domain_score, pooled, window_sums
 from moejax.evaluate.token_scores import compare, predict, score
 from moejax.models import DecoderLM
 from moejax.runs import Progress
+from moejax.trace import TraceRecorder
 
 
 def evaluate(
@@ -27,12 +28,13 @@ def evaluate(
     group_bytes: Mapping[str, int],
     dtype: Any = jnp.float32,
     progress: Progress | None = None,
+    record: Mapping[str, TraceRecorder] | None = None,
 ) -> dict[str, Scores]:
     """Scores of every arm on the same text, read once.
 
     models: arm -> model. base: arm -> the arm it is compared with, None or absent for none.
     group_bytes: bytes of each group's text. dtype: of activations. progress: advances by one per
-    batch and arm.
+    batch and arm. record: arm -> what takes the routing of every token the arm reads.
 
     A row of a batch is a window. Its sums are taken on the device, and of the logits nothing else
     outlives the batch; within it, those of arms that others are compared with are kept. Results do
@@ -45,7 +47,10 @@ def evaluate(
     finite.
     """
     _check_arms(models, base)
-    arms = {name: _Arm(name, model, base.get(name)) for name, model in models.items()}
+    record = record or {}
+    arms = {
+        name: _Arm(name, model, base.get(name), record.get(name)) for name, model in models.items()
+    }
     compared = [name for name in models if name in base.values()]
     order = compared + [name for name in models if name not in compared]
     for number, batch in enumerate(batches):
@@ -63,8 +68,11 @@ def evaluate(
 class _Arm:
     """A model and what is known of it so far."""
 
-    def __init__(self, name: str, model: DecoderLM, base: str | None):
+    def __init__(
+        self, name: str, model: DecoderLM, base: str | None, recorder: TraceRecorder | None
+    ):
         self.name, self.base, self.vocab = name, base, model.spec.vocab
+        self.recorder = recorder
         self.graphdef, self.state = nnx.split(model)
         self.sums: dict[str, dict[str, list[np.ndarray]]] = {}
         self.assignments: dict[str, tuple[np.ndarray | None, ...]] = {}
@@ -73,7 +81,11 @@ class _Arm:
 
     def logits(self, batch: EvalBatch, dtype: Any) -> jax.Array:
         start = time.perf_counter()
-        logits, counts = predict(self.graphdef, self.state, batch.tokens_BxS, batch.mask_BxS, dtype)
+        text = batch.tokens_BxS, batch.mask_BxS
+        choices = self.recorder.layout.choices if self.recorder else None
+        logits, counts, found = predict(self.graphdef, self.state, *text, dtype, choices)
+        if self.recorder and found is not None:
+            self.recorder.add(*text, batch.group, found)
         logits.block_until_ready()
         fresh = tuple(c if c is None else np.asarray(c, np.int64) for c in counts)
         before = self.assignments.get(batch.group)

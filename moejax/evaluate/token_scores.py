@@ -11,20 +11,29 @@ from flax import nnx
 from jax import Array
 
 from moejax import models
+from moejax.trace import chosen
 
 
-@partial(jax.jit, static_argnames=("graphdef", "dtype"))
+@partial(jax.jit, static_argnames=("graphdef", "dtype", "choices"))
 def predict(
-    graphdef: Any, state: Any, tokens_BxS: Array, mask_BxS: Array, dtype: Any
-) -> tuple[Array, tuple[Array | None, ...]]:
+    graphdef: Any,
+    state: Any,
+    tokens_BxS: Array,
+    mask_BxS: Array,
+    dtype: Any,
+    choices: int | None = None,
+) -> tuple[Array, tuple[Array | None, ...], tuple[Array, Array] | None]:
     """Logits float32 [B, S, V], and valid assignments per router expert, float32 [E] per layer.
 
-    One program per graphdef and shape, apart from the scoring: a base and an arm of equal structure
-    and weights get logits that are equal to the bit.
+    choices: K, where what every token chose is asked for too: expert and gate [B S, L, K] of
+    `trace.chosen`. One program per graphdef and shape, apart from the scoring: a base and an arm of
+    equal structure and weights get logits that are equal to the bit.
     """
     model = nnx.merge(graphdef, state)
     output = models.forward(model, tokens_BxS, mask_BxS=mask_BxS, dtype=dtype)
-    return output.logits_BxSxV, tuple(r if r is None else r.counts_E() for r in output.routings)
+    counts = tuple(r if r is None else r.counts_E() for r in output.routings)
+    found = None if choices is None else chosen(output.routings, choices)
+    return output.logits_BxSxV, counts, found
 
 
 @jax.jit

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,7 +19,7 @@ from moejax.compress import Step, account, check_recipe, compress, touched
 from moejax.core import ConfigError, check_that, spec
 from moejax.data import Corpus, Tokenizer, shipped_tokenizer, write_folder_tokenizer
 from moejax.evaluate import Scores, evaluate, specialisation
-from moejax.files import cache_root
+from moejax.files import cache_root, content_hash
 from moejax.jobs.expectations import Expectation
 from moejax.jobs.model_source import ModelSource
 from moejax.jobs.plan import Plan, plan_arms
@@ -24,6 +27,7 @@ from moejax.jobs.text import Text
 from moejax.models import DecoderLM
 from moejax.report import build_report, print_summary
 from moejax.runs import ArmResult, Ledger, RunFolder, StudyResult, progress
+from moejax.trace import TraceRecorder, TraceWriter, layout_of
 
 STORED = jnp.bfloat16  # of plain arrays in saved models, and so in every count of bytes
 
@@ -43,6 +47,7 @@ class Study:
     """Arms side by side: perplexity, KL and agreement on `text`, paired with each arm's base.
 
     calibration: the text that statistics are collected on; no document of it may be in `text`.
+    traces: arms whose routing of every token of `text` is recorded, each in traces/ARM.
     priming: training text that xz reads first, in a second baseline. Weights are rounded to
     bfloat16, in which they are stored, before anything is measured. The first arm's routing is
     drawn. remarks: what the report says below its expectations, why one may fail for instance.
@@ -54,6 +59,7 @@ class Study:
     expectations: tuple[Expectation, ...] = ()
     remarks: tuple[str, ...] = ()
     priming: Corpus | None = None
+    traces: tuple[str, ...] = ()
     seed: int = 0
     title: str = ""
 
@@ -67,6 +73,16 @@ class Study:
                 arm,
                 "base",
                 f"The arms are {', '.join(names)}.",
+            )
+        check_that(
+            set(self.traces) <= set(names), self, "traces", f"The arms are {', '.join(names)}."
+        )
+        for name in self.traces:
+            check_that(
+                Path(name).name == name and not name.startswith("."),
+                self,
+                "traces",
+                "A traced arm names a folder: give it a name without slashes or a leading dot.",
             )
         for expectation in self.expectations:
             for field in ("arm", "than", "controls"):
@@ -140,11 +156,27 @@ def run_study(folder: RunFolder, study: Study) -> dict[str, DecoderLM]:
         seconds[arm.name] = time.perf_counter() - began
     ledger.save(folder.ledger_path)
     bases = {arm.name: arm.base for arm in study.arms}
+    shutil.rmtree(folder.traces, ignore_errors=True)  # of a run that was cut off: read anew
     with (
         progress(len(batches) * len(models), "evaluate", "batches") as bar,
         jax.default_matmul_precision("float32"),
+        ExitStack() as recording,
     ):
-        scores = evaluate(models, batches, base=bases, group_bytes=group_bytes, progress=bar)
+        recorders = {
+            arm.name: recording.enter_context(
+                _recorder(folder, arm, models[arm.name], tuple(group_bytes))
+            )
+            for arm in study.arms
+            if arm.name in study.traces
+        }
+        scores = evaluate(
+            models,
+            batches,
+            base=bases,
+            group_bytes=group_bytes,
+            progress=bar,
+            record=recorders,
+        )
     result = StudyResult(
         protocol=_protocol(study, group_bytes, tokenizer),
         arms=tuple(
@@ -162,6 +194,16 @@ def run_study(folder: RunFolder, study: Study) -> dict[str, DecoderLM]:
         result.save(folder.results_path)
     print_summary(result, report=build_report(folder))
     return models
+
+
+def _recorder(
+    folder: RunFolder, arm: Arm, model: DecoderLM, groups: tuple[str, ...]
+) -> TraceRecorder:
+    sha256 = arm.model.manifest().sha256
+    if arm.recipe:
+        sha256 = content_hash([sha256, *map(describe, arm.recipe)])
+    layout = layout_of(model, sha256, groups)
+    return TraceRecorder(TraceWriter(folder.traces / arm.name, layout))
 
 
 def _common_tokenizer(sources: Sequence[ModelSource]) -> Tokenizer:

@@ -17,6 +17,7 @@ from moejax.report.study import (
     add_study,
 )
 from moejax.report.tables import facts_table
+from moejax.report.traces import add_traces
 from moejax.report.training import add_training, training_headline
 from moejax.runs import RUNNING, Ledger, RunFolder, StudyResult, metrics, read_metrics
 
@@ -25,7 +26,7 @@ def build_report(folder: RunFolder | Path | str) -> Path:
     """Writes report.html, report.json, report.md and plots/ of a run from what lies in its folder.
 
     Sections follow what the run left: results.json gives the study, metrics.jsonl with a loss the
-    training, ledger.jsonl the experts.
+    training, ledger.jsonl the experts, traces/ the routing.
     Raises RunError when the folder holds no run, or damaged files.
     """
     run = folder if isinstance(folder, RunFolder) else RunFolder.open(folder)
@@ -52,6 +53,8 @@ def build_report(folder: RunFolder | Path | str) -> Path:
         )
     if study is not None:
         add_specialisation(page, study)
+    add_traces(page, run)
+    if study is not None:
         add_protocol(page, study)
     _add_provenance(page, run)
     if study is not None:

@@ -21,8 +21,9 @@ ROOM_BYTES = 32 * 2**20
 class RunFolder:
     """A folder that holds one run; built by `create` (to write) or `open` (to read).
 
-    config.gin, run.json, log.txt, metrics.jsonl, ledger.jsonl, results.json, plots/, report.html,
-    report.json, checkpoints/, model/. As a context manager it records how the run ended.
+    config.gin, run.json, log.txt, metrics.jsonl, ledger.jsonl, results.json, traces/, plots/,
+    report.html, report.json, checkpoints/, model/. As a context manager it records how the run
+    ended.
 
     facts: the content of run.json. resumed: whether `create` found this run already begun.
     """
@@ -139,6 +140,11 @@ class RunFolder:
     def results_path(self) -> Path:
         """results.json: a StudyResult."""
         return self.path / "results.json"
+
+    @property
+    def traces(self) -> Path:
+        """The folder of routing traces, one per traced arm."""
+        return self.path / "traces"
 
     @property
     def plots(self) -> Path:

@@ -8,13 +8,14 @@ import pytest
 
 from moejax.checkpoint import load_model, stored_bytes
 from moejax.compress import ExpertDrop, Frequency, Quantize
-from moejax.core import CheckpointError, SpecError
+from moejax.core import CheckpointError, DataError, SpecError
 from moejax.jobs.expectations import Better, MeanBitsPerByte, NoDeadExpert, PerplexityChange
 from moejax.jobs.model_source import SavedModel
 from moejax.jobs.study import Arm, Compress, Study
 from moejax.jobs.text import Text
 from moejax.models import parameters
 from moejax.runs import Ledger, StudyResult
+from moejax.trace import RoutingTrace, popularity
 from moejax.weights import Packed, SymmetricGrid
 
 TEXT = Text(bytes_per_group=2048, window=32, batch=8)
@@ -39,6 +40,7 @@ def study(saved):
         ),
         text=TEXT,
         calibration=CALIBRATION,
+        traces=("base", "drop half"),
         expectations=(
             PerplexityChange(arm="2 bits", at_least=-1e9, at_most=1e9),
             PerplexityChange(arm="2 bits", at_least=1e9),
@@ -58,6 +60,7 @@ def test_study_agrees_with_its_plan_and_its_books(study, folder):
     planned = {row[0]: int(row[1].replace(",", "")) for row in study.plan().tables[1][2]}
     assert {arm.name: arm.stored_bytes for arm in result.arms} == planned
     base, two, half, _ = result.arms
+    _traces_agree(study, folder, result)
     assert base.average.delta_nll is None and two.average.kl > 0
     np.testing.assert_allclose(
         two.average.delta_nll,
@@ -74,6 +77,23 @@ def test_study_agrees_with_its_plan_and_its_books(study, folder):
     assert folder.report_path.is_file()
     report = json.loads((folder.report_path.parent / "report.json").read_text())
     assert report and "2 bits" in folder.report_path.read_text()
+
+
+def _traces_agree(study, folder, result):
+    """Catches a trace of another arm, of padding, or of part of the text."""
+    tokens = sum(score.tokens for score in result.arms[0].domains)
+    for arm, experts in (("base", 4), ("drop half", 2)):
+        trace = RoutingTrace.open(folder.traces / arm)
+        assert len(trace) == tokens
+        assert trace.layout.experts == (experts, experts)
+        assert popularity(trace).sum() == 2 * 2 * tokens
+    moe = study.arms[0].model.manifest().sha256
+    RoutingTrace.open(folder.traces / "base", model=moe)
+    with pytest.raises(DataError, match="is a trace of the model"):
+        RoutingTrace.open(folder.traces / "drop half", model=moe)
+    facts = json.loads((folder.path / "report.json").read_text())
+    assert facts["traces"]["base"]["tokens"] == tokens
+    assert (folder.plots / "cache-00-base.png").exists()
 
 
 @pytest.mark.xdist_group("study")
