@@ -10,7 +10,7 @@ from moejax.checkpoint.config_reader import ACTIVATIONS, ConfigReader
 from moejax.checkpoint.rope_config import read_rope, rope_fields
 from moejax.core import CheckpointError
 from moejax.models import AttentionSpec, DenseSpec, LayerSpec, Mixer, ModelSpec, RMSNorm
-from moejax.moe import Activation, Dropless, MoESpec
+from moejax.moe import Activation, Dropless, MoESpec, RouterSpec, SoftmaxGates, TopK
 
 T = TypeVar("T")
 
@@ -56,6 +56,30 @@ def read_decoder(
 def read_norm(config: ConfigReader) -> RMSNorm:
     """The norm of most decoders."""
     return RMSNorm(epsilon=config.number("rms_norm_eps"))
+
+
+def read_softmax_experts(config: ConfigReader, experts: str, **fields: Any) -> MoESpec:
+    """Qwen's experts, `experts` being the field with their number; `fields` go on top."""
+    return MoESpec(
+        experts=config.integer(experts),
+        width=config.integer("moe_intermediate_size"),
+        router=RouterSpec(
+            selector=TopK(k=config.integer("num_experts_per_tok")),
+            gates=SoftmaxGates(renormalise=config.flag("norm_topk_prob", False)),
+        ),
+        activation=config.activation(default="silu"),
+        **fields,
+    )
+
+
+def softmax_experts_config(ffn: MoESpec) -> dict[str, Any]:
+    """The fields that `read_softmax_experts` reads."""
+    return {
+        "num_experts": ffn.experts,
+        "num_experts_per_tok": getattr(ffn.router.selector, "k", 0),
+        "moe_intermediate_size": ffn.width,
+        "norm_topk_prob": getattr(ffn.router.gates, "renormalise", False),
+    }
 
 
 def read_sparse_layers(

@@ -119,7 +119,7 @@ def open_tensors(folder: Path | str) -> StoredTensors:
         return StoredTensors(_tensors_of(found[0]))
     for name in _PICKLES:
         if (folder / name).is_file():
-            refuse_pickle((folder / name).with_suffix(".bin"))
+            refuse_pickle(folder / name.removesuffix(".index.json"))
     raise CheckpointError(
         f"{folder} has neither {INDEX} nor {WHOLE}"
         + (f", and {len(found)} other safetensors files." if found else "."),

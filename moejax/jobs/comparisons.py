@@ -13,7 +13,11 @@ from moejax.runs import ArmResult, Ledger, StudyResult, Verdict
 
 @spec
 class DamageRatio:
-    """`arm` loses at most `at_most` times the nats per token that `than` loses, of one base."""
+    """`arm` loses at most `at_most` times the nats per token that `than` loses, of one base.
+
+    The detail says where the difference is within two standard errors: then the verdict is a point
+    estimate and no more.
+    """
 
     arm: str
     than: str
@@ -23,15 +27,20 @@ class DamageRatio:
         check_that(self.at_most > 0, self, "at_most", "Give a ratio above 0.")
 
     def __call__(self, study: StudyResult, ledger: Ledger) -> Verdict:
-        ours, theirs = _damages(study, (self.arm, self.than))
-        ratio = ours[0] / theirs[0] if theirs[0] > 0 else math.inf
+        (ours, our_error), (theirs, their_error) = _damages(study, (self.arm, self.than))
+        detail = f"{ours:.4f} against {theirs:.4f} nats per token"
         # First order: both damages are means over the same windows, taken as independent.
-        error = abs(ratio) * math.hypot(ours[1] / ours[0], theirs[1] / theirs[0])
+        if theirs > 0:
+            ratio = ours / theirs
+            error = math.hypot(our_error, ratio * their_error) / theirs
+            detail += f", a ratio of {ratio:.3f} ± {error:.3f}"
+        gap = abs(ours - self.at_most * theirs)
+        if gap <= 2 * math.hypot(our_error, self.at_most * their_error):
+            detail += ", within two standard errors of the limit"
         return Verdict(
             name=f"{self.arm} loses at most {self.at_most:g} of what {self.than} loses",
-            held=ratio <= self.at_most,
-            detail=f"{ours[0]:.4f} against {theirs[0]:.4f} nats per token, "
-            f"a ratio of {ratio:.3f} ± {error:.3f}",
+            held=ours <= self.at_most * theirs,
+            detail=detail,
         )
 
 
@@ -91,7 +100,8 @@ class LowersOutputError:
 
 
 def _damages(study: StudyResult, names: tuple[str, ...]) -> list[tuple[float, float]]:
-    """Nats per token lost against the base, and the standard error, of arms that share a base."""
+    """Nats per token lost against the base, and the standard error, NaN where it is not known, of
+    arms that share a base."""
     arms = [arm_of(study, name) for name in names]
     if len({arm.base for arm in arms}) > 1 or arms[0].base is None:
         raise ConfigError(
@@ -102,5 +112,6 @@ def _damages(study: StudyResult, names: tuple[str, ...]) -> list[tuple[float, fl
 
 
 def _damage(arm: ArmResult) -> tuple[float, float]:
-    assert arm.average.delta_nll is not None
-    return arm.average.delta_nll, arm.average.delta_stderr or 0.0
+    average = arm.average
+    assert average.delta_nll is not None
+    return average.delta_nll, math.nan if average.delta_stderr is None else average.delta_stderr

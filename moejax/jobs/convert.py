@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +22,8 @@ from moejax.checkpoint import (
 )
 from moejax.checkpoint.importing import CONFIG
 from moejax.checkpoint.manifest import MANIFEST
-from moejax.core import CheckpointError
-from moejax.data import folder_tokenizer
+from moejax.core import CheckpointError, ConfigError
+from moejax.data import folder_tokenizer, shipped_tokenizer, write_folder_tokenizer
 from moejax.files import content_hash, new_folder
 
 COVERAGE = "coverage.tsv"
@@ -40,9 +43,16 @@ def convert(
     A folder with config.json comes in: as a moejax folder with coverage.tsv, experts rounded to
     `grid` where one is given. A folder with model.json goes out, under the names of `family` or of
     the family it came from. dtype: of plain weights, None for what they are stored in.
-    Raises CheckpointError as `import_model` and `export_model`, RunError if `target` is there.
+    Raises CheckpointError as `import_model` and `export_model`, ConfigError for a `grid` that is no
+    grid, RunError if `target` is there.
     """
     source = Path(source)
+    if grid is not None and not isinstance(grid, weights.Grid):
+        raise ConfigError(
+            f"{grid!r} is no grid.", "Give one like SymmetricGrid(bits=4, group=128)."
+        )
+    if shard_bytes is not None and shard_bytes < 1:
+        raise ConfigError(f"files of {shard_bytes} bytes hold no tensor.", "Try 5000000000.")
     if (source / MANIFEST).is_file():
         if grid is not None:
             raise CheckpointError(
@@ -85,6 +95,18 @@ def _in(source: Path, target: Path, dtype: Any, grid: weights.Grid | None) -> st
     )
 
 
+@contextlib.contextmanager
+def _tokenizer_beside(source: Path, facts: Mapping[str, Any]) -> Iterator[Path]:
+    """A folder with the model's tokenizer: its own, but for models that use the one that ships."""
+    shipped = shipped_tokenizer()
+    if (source / "tokenizer.json").is_file() or facts.get("tokenizer") != shipped.sha256:
+        yield source
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        write_folder_tokenizer(folder, shipped)
+        yield Path(folder)
+
+
 def _out(
     source: Path, target: Path, dtype: Any, family: str | None, shard_bytes: int | None
 ) -> str:
@@ -96,13 +118,14 @@ def _out(
         )
     config = facts.get("config")
     more = {} if shard_bytes is None else {"shard_bytes": shard_bytes}
-    export_model(
-        target,
-        load_model(source, dtype=None),
-        family=None if name is None else families()[name],
-        config=config if isinstance(config, dict) and name == facts.get("family") else None,
-        dtype=None if dtype is None else np.dtype(dtype),
-        beside=source,
-        **more,
-    )
+    with _tokenizer_beside(source, facts) as beside:
+        export_model(
+            target,
+            load_model(source, dtype=None),
+            family=None if name is None else families()[name],
+            config=config if isinstance(config, dict) and name == facts.get("family") else None,
+            dtype=None if dtype is None else np.dtype(dtype),
+            beside=beside,
+            **more,
+        )
     return f"{target}: a folder that transformers loads"

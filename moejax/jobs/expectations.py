@@ -29,12 +29,15 @@ class PerplexityChange:
         if average.delta_nll is None:
             raise ConfigError(f"the arm {self.arm!r} has no base.", "Expect changes of other arms.")
         change = 100 * math.expm1(average.delta_nll)
-        error = 100 * (average.delta_stderr or 0.0)
+        error = "not known: one window"
+        if average.delta_stderr is not None:
+            # Of exp(x) it is exp(x) times that of x, to first order.
+            error = f"{100 * math.exp(average.delta_nll) * average.delta_stderr:.3f} %"
         wanted = _range(self.at_least, self.at_most, " %")
         return Verdict(
             name=f"perplexity of {self.arm} changes by {wanted}",
             held=self.at_least <= change <= self.at_most,
-            detail=f"{change:+.3f} % (paired standard error {error:.3f} %)",
+            detail=f"{change:+.3f} % (paired standard error {error})",
         )
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from moejax import weights
 from moejax.checkpoint import Manifest, import_model, load_model, read_config, read_manifest
-from moejax.core import CheckpointError, spec
+from moejax.core import CheckpointError, DataError, spec
 from moejax.data import Tokenizer, folder_tokenizer, shipped_tokenizer
 from moejax.files import content_hash, find_resource, open_tensors, sha256_of_file
 from moejax.models import DecoderLM, abstract_model, parameters, retyped, with_parameters
@@ -54,10 +54,22 @@ class SavedModel:
         return read_manifest(self.folder())
 
     def tokenizer(self) -> Tokenizer:
-        """The one in the folder, or the one that ships with moejax and its models."""
+        """The one in the folder, or the one that ships with moejax, for models of its size.
+
+        DataError for a model that came in without the tokenizer it was trained with.
+        """
         folder = self.folder()
-        has_one = (folder / "tokenizer.json").is_file()
-        return folder_tokenizer(folder) if has_one else shipped_tokenizer()
+        if (folder / "tokenizer.json").is_file():
+            return folder_tokenizer(folder)
+        shipped, manifest = shipped_tokenizer(), self.manifest()
+        foreign = "family" in manifest.facts and "tokenizer" not in manifest.facts
+        if foreign or manifest.spec.vocab != shipped.vocab:
+            raise DataError(
+                f"{folder} has no tokenizer.json, and its vocabulary of {manifest.spec.vocab} is "
+                "not that of the tokenizer that ships with moejax.",
+                "Put the tokenizer.json of the model into the folder.",
+            )
+        return shipped
 
     def folder(self) -> Path:
         """The folder; a path in the working folder goes before a shipped name."""

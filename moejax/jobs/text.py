@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 
-from moejax.core import check_that, spec
+from moejax.core import DataError, check_that, spec
 from moejax.data import (
     MOST_PRIMING_BYTES,
     Corpus,
@@ -46,8 +46,15 @@ class Text:
         return f"{self.window} tokens, each window on its own"
 
     def documents(self, group: str) -> tuple[str, ...]:
-        """The documents of a group."""
-        return _documents(self.corpus, group, self.split, self.skip_bytes, self.bytes_per_group)
+        """The documents of a group; DataError where not even a line fits."""
+        size = self.bytes_per_group
+        found = _documents(self.corpus, group, self.split, self.skip_bytes, size)
+        if not found:
+            raise DataError(
+                f"Text.bytes_per_group = {size} has no room for the next line of {group!r}.",
+                "Ask for more bytes; a document is cut at the end of a line.",
+            )
+        return found
 
     def batches(self, tokenizer: Tokenizer | None = None) -> tuple[list[EvalBatch], dict[str, int]]:
         """Windows of all groups, and bytes of text per group; default is the shipped tokenizer."""

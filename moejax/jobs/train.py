@@ -12,7 +12,7 @@ from flax import nnx
 from moejax import weights
 from moejax.checkpoint import Manifest, TrainCheckpoints, load_model, save_model, stored_bytes
 from moejax.core import check_that, spec
-from moejax.data import Batches, Corpus, Tokenizer, tokenize_corpus
+from moejax.data import Batches, Corpus, Tokenizer, tokenize_corpus, write_folder_tokenizer
 from moejax.evaluate import Scores, evaluate, specialisation
 from moejax.jobs.plan import Plan, model_table
 from moejax.models import DecoderLM, ModelSpec, combine, count_parameters, flops_per_token
@@ -159,7 +159,7 @@ class Train:
                 evaluators=(lambda model: self._bits_per_byte(model, text), *self.evaluators),
             )
         trained = combine(structure, state.trainable, state.frozen)
-        self.tokenizer.save(folder.model / "tokenizer.json")
+        write_folder_tokenizer(folder.model, self.tokenizer)
         manifest = save_model(
             folder.model, trained, dtype=DTYPES[self.save_dtype], facts=self._facts(batches)
         )

@@ -16,6 +16,7 @@ from moejax.runs.provenance import device_facts, git_state, versions
 
 RUNNING, FINISHED, FAILED, INTERRUPTED = "running", "finished", "failed", "interrupted"
 ROOM_BYTES = 32 * 2**20
+_OF_EVERY_RUN = {"run.json", "config.gin", "log.txt", ".lock"}
 
 
 class RunFolder:
@@ -45,7 +46,8 @@ class RunFolder:
     ) -> RunFolder:
         """Begins a run in `path`, or takes up the one of the same job and config found there.
 
-        room_bytes: free space the run needs at least.
+        A run that failed before it made anything gives its folder to any other: whoever mends a
+        config runs it under the same name. room_bytes: free space the run needs at least.
         Raises RunError when the folder holds another run or other files, is in use by another
         process, cannot be written or has no room.
         """
@@ -73,6 +75,8 @@ class RunFolder:
         except RunError:
             release(path)
             raise
+        if earlier is None:
+            folder.log_path.unlink(missing_ok=True)
         return folder
 
     @classmethod
@@ -187,6 +191,8 @@ def _earlier_run(path: Path, job: str, digest: str) -> dict[str, Any] | None:
         facts = RunFolder.open(path).facts
         if facts["job"] == job and facts["config_sha256"] == digest:
             return facts
+        if facts["status"] == FAILED and set(os.listdir(path)) <= _OF_EVERY_RUN:
+            return None
         what = (
             f"a run of job {facts['job']!r}" if facts["job"] != job else "a run of another config"
         )

@@ -78,8 +78,9 @@ def _matrices(leaves: Any) -> dict[str, bool]:
 
 
 def is_matrix(name: str, leaf: Array) -> bool:
-    """Whether a leaf of `models.partition` is a matrix or a stack of them, not a norm's scale.
+    """Whether a leaf of `models.partition` is a matrix or a stack of them, no scale and no bias.
 
-    A run of layers stacks its leaves in front, so that a vector [D] of a layer is [L, D] there.
+    A run of layers stacks its leaves in front, so that a vector [D] of a layer is [L, D] there, and
+    the biases [E, N] of a bank of experts are [L, E, N].
     """
-    return leaf.ndim - name.startswith("runs.") >= 2
+    return leaf.ndim - name.startswith("runs.") >= 2 and not name.endswith("bias")

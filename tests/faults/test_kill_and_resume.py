@@ -1,5 +1,6 @@
 """A training run killed anywhere ends where the run that nobody killed ends, bit for bit."""
 
+import json
 import os
 import random
 import signal
@@ -126,10 +127,13 @@ def test_the_resumed_run_ends_where_it_would_have(deaths, whole, runs):
 
 
 def test_results_say_what_was_trained(whole):
-    """Catches scores of another model than the one that was saved, and groups left out."""
+    """Catches scores of another model than the one that was saved, groups left out, and a tokenizer
+    whose reader must guess which token ends a document."""
     result = StudyResult.load(whole / "results.json")
     assert result.protocol["model"] == read_manifest(whole / "model").sha256
     assert [d.group for d in result.arms[0].domains] == ["a", "b"]
     assert result.arms[0].average.bits_per_byte < 8
     assert read_manifest(whole / "model").facts["tokens"] == STEPS * 4 * 16
     assert (whole / "model" / "tokenizer.json").is_file()
+    config = (whole / "model" / "tokenizer_config.json").read_text()
+    assert json.loads(config) == {"eos_token": "<|endoftext|>"}

@@ -90,9 +90,20 @@ def test_pickles_are_refused(tmp_path, folder, file):
     """Catches a pickle named by an index, or a folder of pickles called merely empty."""
     write_index(folder, {"a": file})
     refused(folder, "pickle")
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "pytorch_model.bin").write_bytes(b"")
-    refused(tmp_path / "other", "pickle")
+
+
+@pytest.mark.parametrize(
+    ("file", "named"),
+    [
+        ("pytorch_model.bin", "pytorch_model.bin is a pickle"),
+        ("pytorch_model.bin.index.json", "pytorch_model.bin is a pickle"),
+        ("consolidated.00.pth", "consolidated.00.pth is a pickle"),
+    ],
+)
+def test_a_folder_of_pickles_alone_is_refused_by_their_names(tmp_path, file, named):
+    """Catches an error that names a file which is not there."""
+    (tmp_path / file).write_bytes(b"")
+    refused(tmp_path, named)
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,15 @@
 """moejax convert: in and out again, with the tokenizer; imported models in studies."""
 
 import json
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax.checkpoint import load_model, read_manifest
-from moejax.compress import Quantize
-from moejax.core import CheckpointError, ConfigError, RunError
+from moejax.checkpoint import load_model, read_manifest, save_model
+from moejax.compress import Frequency, Quantize
+from moejax.core import CheckpointError, ConfigError, DataError, RunError
 from moejax.data import HeldoutSample, shipped_tokenizer, train_tokenizer
 from moejax.files import open_tensors
 from moejax.jobs.convert import convert
@@ -82,9 +83,42 @@ def test_dtype_and_grid_are_of_the_result(tmp_path, tensors):
         convert(tmp_path / "in", tmp_path / "out", family="nope")
     with pytest.raises(RunError, match="there already"):
         convert(source, tmp_path / "in")
+    with pytest.raises(ConfigError, match="Frequency.* is no grid"):
+        convert(source, tmp_path / "out", grid=Frequency())
+    with pytest.raises(ConfigError, match="files of 0 bytes"):
+        convert(tmp_path / "in", tmp_path / "out", shard_bytes=0)
     with pytest.raises(CheckpointError, match="neither"):
         convert(tmp_path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_of_the_shipped_tokenizer_goes_out_with_it(tmp_path, saved):
+    """Catches folders that transformers loads and cannot give a word to."""
+    model, shipped = load_model(saved["moe"], dtype=None), shipped_tokenizer()
+    save_model(tmp_path / "in", model, facts={"tokenizer": shipped.sha256})
+    convert(tmp_path / "in", tmp_path / "out")
+    found = ImportedModel(path=str(tmp_path / "out")).tokenizer()
+    assert found.sha256 == shipped.sha256
+    assert found.end_of_document == shipped.end_of_document
+    assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text()) == {
+        "eos_token": "<|endoftext|>"
+    }
+    convert(Path(saved["moe"]), tmp_path / "unknown")
+    assert not (tmp_path / "unknown" / "tokenizer.json").exists()
+
+
+def test_a_model_without_its_tokenizer_is_not_read_with_another(tmp_path, tensors, saved):
+    """Catches an imported model whose text is cut by the tokenizer that happens to ship: ids within
+    its vocabulary, and a perplexity of nothing."""
+    source = write_folder(tmp_path / "hf", MIXTRAL, tensors)
+    convert(source, tmp_path / "in")
+    with pytest.raises(DataError, match=r"has no tokenizer\.json"):
+        SavedModel(path=str(tmp_path / "in")).tokenizer()
+    model = load_model(saved["moe"], dtype=None)
+    save_model(tmp_path / "same size", model, facts={"family": "mixtral"})
+    with pytest.raises(DataError, match=r"has no tokenizer\.json"):
+        SavedModel(path=str(tmp_path / "same size")).tokenizer()
+    assert SavedModel(path=saved["moe"]).tokenizer().sha256 == shipped_tokenizer().sha256
 
 
 def test_a_recipe_runs_on_an_imported_model(folder_run, folder):

@@ -1,7 +1,9 @@
 """The text of a job: its windows, and the bytes that they are of."""
 
 import numpy as np
+import pytest
 
+from moejax.core import DataError
 from moejax.data import HeldoutSample, heldout_text, shipped_tokenizer
 from moejax.jobs.text import Text
 
@@ -17,3 +19,10 @@ def test_windows_cover_the_text_whose_bytes_they_name():
         ids = np.concatenate(targets)
         assert tokenizer.decode(ids).replace("<|endoftext|>", "\n") == text
     assert {batch.group for batch in batches} == set(corpus.groups)
+
+
+def test_too_few_bytes_for_a_line_are_an_error():
+    """Catches a text without a token, which only a later floor complains of, naming no field."""
+    for text in (Text(bytes_per_group=10), Text(bytes_per_group=10, skip_bytes=4000)):
+        with pytest.raises(DataError, match=r"Text\.bytes_per_group = 10 has no room"):
+            text.batches()

@@ -13,6 +13,27 @@ YARN = {
     "mscale_all_dim": 1.3,
 }
 
+# What the DeepSeek cases share: latent attention, and experts behind a first dense layer.
+LATENT = {
+    "q_lora_rank": 16,
+    "kv_lora_rank": 12,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 6,
+    "num_key_value_heads": 6,
+    "head_dim": None,
+    "moe_intermediate_size": 20,
+    "first_k_dense_replace": 1,
+    "num_experts_per_tok": 3,
+}
+GROUPS = LATENT | {
+    "n_routed_experts": 6,
+    "n_group": 3,
+    "topk_group": 2,
+    "max_position_embeddings": 256,
+    "rope_parameters": YARN,
+}
+
 
 def router_biases(model):
     """Draws the biases of selection, which are buffers: large enough to change choices."""
@@ -99,42 +120,20 @@ ROUTED = (
     ),
     Case(
         "deepseek_v2",
-        {
-            "q_lora_rank": 16,
-            "kv_lora_rank": 12,
-            "qk_nope_head_dim": 8,
-            "qk_rope_head_dim": 4,
-            "v_head_dim": 6,
-            "num_key_value_heads": 6,
-            "head_dim": None,
-            "moe_intermediate_size": 20,
-            "first_k_dense_replace": 1,
-            "n_routed_experts": 6,
-            "num_experts_per_tok": 3,
-            "n_group": 3,
-            "topk_group": 2,
+        GROUPS
+        | {
             "topk_method": "group_limited_greedy",
             "n_shared_experts": 2,
             "routed_scaling_factor": 3.0,
-            "max_position_embeddings": 256,
-            "rope_parameters": YARN,
         },
         gain=3.0,
     ),
     Case(
         "deepseek_v2",
-        {
+        LATENT
+        | {
             "q_lora_rank": None,
-            "kv_lora_rank": 12,
-            "qk_nope_head_dim": 8,
-            "qk_rope_head_dim": 4,
-            "v_head_dim": 6,
-            "num_key_value_heads": 6,
-            "head_dim": None,
-            "moe_intermediate_size": 20,
-            "first_k_dense_replace": 1,
             "n_routed_experts": 5,
-            "num_experts_per_tok": 3,
             "n_shared_experts": 1,
             "topk_method": "greedy",
         },
@@ -143,25 +142,7 @@ ROUTED = (
     ),
     Case(
         "deepseek_v3",
-        {
-            "q_lora_rank": 16,
-            "kv_lora_rank": 12,
-            "qk_nope_head_dim": 8,
-            "qk_rope_head_dim": 4,
-            "v_head_dim": 6,
-            "num_key_value_heads": 6,
-            "head_dim": None,
-            "moe_intermediate_size": 20,
-            "first_k_dense_replace": 1,
-            "n_routed_experts": 6,
-            "num_experts_per_tok": 3,
-            "n_group": 3,
-            "topk_group": 2,
-            "n_shared_experts": 1,
-            "routed_scaling_factor": 2.5,
-            "max_position_embeddings": 256,
-            "rope_parameters": YARN,
-        },
+        GROUPS | {"n_shared_experts": 1, "routed_scaling_factor": 2.5},
         adjust=router_biases,
     ),
     Case(

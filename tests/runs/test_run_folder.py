@@ -71,6 +71,27 @@ def test_another_run_is_refused(tmp_path, job, config):
     assert (tmp_path / "run.json").read_bytes() == before
 
 
+def test_a_run_that_failed_before_it_made_anything_gives_its_folder_up(tmp_path):
+    """Catches a mended config that is refused for the typo before it, a log of both, and a failed
+    run whose ledger another one writes over."""
+    for kept in ((), ("ledger.jsonl",)):
+        path = tmp_path / f"run {len(kept)}"
+        with pytest.raises(ValueError), RunFolder.create(path, "compress", CONFIG, COMMAND) as run:
+            run.log_path.write_text("ValueError\n")
+            for name in kept:
+                (path / name).write_text("{}\n")
+            raise ValueError
+        if kept:
+            with pytest.raises(RunError, match="another config"):
+                RunFolder.create(path, "compress", "Compress.bits = 4\n", COMMAND)
+            continue
+        mended = RunFolder.create(path, "compress", "Compress.bits = 4\n", COMMAND)
+        assert not mended.resumed and mended.facts["earlier"] == []
+        assert mended.config_path.read_text() == "Compress.bits = 4\n"
+        assert not mended.log_path.exists()
+        mended.finish()
+
+
 def test_a_folder_of_other_files_is_refused(tmp_path):
     """Catches a run that scatters its files in somebody's home folder."""
     (tmp_path / "thesis.tex").write_text("")

@@ -16,6 +16,7 @@ LEAVES = {
     "runs.0.attention.q": jnp.full((4, 2, 2), 2.0),
     "runs.0.ffn_norm.scale": jnp.full((4, 2), 2.0),
     "runs.0.moe.experts.gate": jnp.full((4, 3, 2, 2), 2.0),
+    "runs.0.moe.experts.gate_bias": jnp.full((4, 3, 2), 2.0),
     "runs.0.moe.router.scores.kernel": jnp.full((4, 2, 3), 2.0),
 }
 
@@ -38,13 +39,14 @@ def test_schedule_of_short_runs_is_finite(warmup, steps):
     assert all(0 < rate <= 1 for rate in rates)
 
 
-def test_matrices_decay_and_norms_do_not():
-    """Catches a mask by ndim alone: a stack of norm scales [L, D] has two dimensions too."""
+def test_matrices_decay_and_vectors_do_not():
+    """Catches a mask by ndim alone: a stack of norm scales [L, D] has two dimensions too, the
+    biases of a run's experts [L, E, N] have three."""
     rule = AdamW(peak_learning_rate=0.5, warmup=0, weight_decay=0.1).transformation(10)
     zeros = {name: jnp.zeros_like(leaf) for name, leaf in LEAVES.items()}
     updates, _ = rule.update(zeros, rule.init(LEAVES), LEAVES)
     for name, update in updates.items():
-        expected = 0.0 if "norm" in name else -0.5 * 0.1 * 2.0
+        expected = 0.0 if name.endswith(("norm.scale", "bias")) else -0.5 * 0.1 * 2.0
         np.testing.assert_allclose(update, expected, rtol=1e-6, err_msg=name)
 
 

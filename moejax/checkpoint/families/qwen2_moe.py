@@ -10,7 +10,9 @@ from moejax.checkpoint.decoder_config import (
     decoder_config,
     read_attention,
     read_decoder,
+    read_softmax_experts,
     read_sparse_layers,
+    softmax_experts_config,
     sparse_layers_config,
     the_one,
 )
@@ -24,7 +26,7 @@ from moejax.checkpoint.family import (
 )
 from moejax.checkpoint.rules import transposed
 from moejax.models import AttentionSpec, ModelSpec
-from moejax.moe import MoESpec, RouterSpec, SigmoidSharedGate, SoftmaxGates, TopK
+from moejax.moe import MoESpec, SigmoidSharedGate
 
 _MLP = "model.layers.{l}.mlp"
 
@@ -33,14 +35,9 @@ def _spec(config: ConfigReader) -> ModelSpec:
     config.require("use_sliding_window", False)
     config.require("layer_types", ["full_attention"] * config.depth("num_hidden_layers"))
     mixer = read_attention(config, qkv_bias=config.flag("qkv_bias", True))
-    routed = MoESpec(
-        experts=config.integer("num_experts"),
-        width=config.integer("moe_intermediate_size"),
-        router=RouterSpec(
-            selector=TopK(k=config.integer("num_experts_per_tok")),
-            gates=SoftmaxGates(renormalise=config.flag("norm_topk_prob", False)),
-        ),
-        activation=config.activation(default="silu"),
+    routed = read_softmax_experts(
+        config,
+        "num_experts",
         shared_width=config.integer("shared_expert_intermediate_size"),
         shared_gate=SigmoidSharedGate(),
     )
@@ -52,12 +49,9 @@ def _config(spec: ModelSpec) -> dict[str, Any]:
     return (
         decoder_config(spec, ffn)
         | sparse_layers_config(spec)
+        | softmax_experts_config(ffn)
         | {
-            "num_experts": ffn.experts,
-            "num_experts_per_tok": getattr(ffn.router.selector, "k", 0),
-            "moe_intermediate_size": ffn.width,
             "shared_expert_intermediate_size": ffn.shared_width,
-            "norm_topk_prob": getattr(ffn.router.gates, "renormalise", False),
             "qkv_bias": the_one(spec, "mixer", AttentionSpec).qkv_bias,
             "use_sliding_window": False,
         }

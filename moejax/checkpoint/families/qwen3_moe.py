@@ -10,7 +10,9 @@ from moejax.checkpoint.decoder_config import (
     read_attention,
     read_decoder,
     read_norm,
+    read_softmax_experts,
     read_sparse_layers,
+    softmax_experts_config,
     sparse_layers_config,
     the_one,
 )
@@ -24,7 +26,7 @@ from moejax.checkpoint.family import (
     Family,
 )
 from moejax.models import AttentionSpec, HeadNorm, ModelSpec
-from moejax.moe import MoESpec, RouterSpec, SoftmaxGates, TopK
+from moejax.moe import MoESpec
 
 
 def _spec(config: ConfigReader) -> ModelSpec:
@@ -34,15 +36,7 @@ def _spec(config: ConfigReader) -> ModelSpec:
         config, qk_norm=HeadNorm(norm=read_norm(config)), qkv_bias=bias, o_bias=bias
     )
     experts = "num_local_experts" if config.raw("num_experts") is None else "num_experts"
-    routed = MoESpec(
-        experts=config.integer(experts),
-        width=config.integer("moe_intermediate_size"),
-        router=RouterSpec(
-            selector=TopK(k=config.integer("num_experts_per_tok")),
-            gates=SoftmaxGates(renormalise=config.flag("norm_topk_prob", False)),
-        ),
-        activation=config.activation(default="silu"),
-    )
+    routed = read_softmax_experts(config, experts)
     return read_decoder(config, read_sparse_layers(config, mixer, routed))
 
 
@@ -51,11 +45,8 @@ def _config(spec: ModelSpec) -> dict[str, Any]:
     return (
         decoder_config(spec, ffn)
         | sparse_layers_config(spec)
+        | softmax_experts_config(ffn)
         | {
-            "num_experts": ffn.experts,
-            "num_experts_per_tok": getattr(ffn.router.selector, "k", 0),
-            "moe_intermediate_size": ffn.width,
-            "norm_topk_prob": getattr(ffn.router.gates, "renormalise", False),
             "attention_bias": the_one(spec, "mixer", AttentionSpec).qkv_bias,
             "use_sliding_window": False,
         }
