@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import sys
-from collections.abc import Iterable, Sequence
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from moejax_kernels.chips import CHIPS
 
-from experiments.benchmarks import cpu, page, peers, tpu
-
-_PACKAGES = ("jax", "jaxlib", "libtpu", "tokamax", "qwix", "torch", "transformers")
+from experiments.benchmarks import cpu, page, peers, results, tpu
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs one benchmark, writes its JSON, then the page."""
+    """Runs one benchmark, merges what it found into its JSON, writes the page."""
     parser = argparse.ArgumentParser(prog="python -m experiments.benchmarks", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("docs/benchmarks"))
     parser.add_argument("--page", type=Path, default=Path("docs/benchmarks.md"))
@@ -28,7 +23,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     on_tpu.add_argument("shapes", nargs="*", help="like olmoe/8/gate or olmoe; all bars without")
     on_tpu.add_argument("--all", action="store_true", help="every shape of shapes.py")
     on_tpu.add_argument("--chips", nargs="+", choices=sorted(CHIPS), default=["v5e", "v6e"])
-    on_tpu.add_argument("--tilings", type=int, default=8, help="tilings of megablox to compile")
+    on_tpu.add_argument(
+        "--tilings", type=int, default=8, help="tilings of megablox to compile; 0: ours alone"
+    )
     on_cpu = commands.add_parser("cpu", help="interleaved times on this machine")
     cpu.add_arguments(on_cpu)
     commands.add_parser("page", help="the page from the JSON there is")
@@ -38,29 +35,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.command == "tpu":
         shapes = tpu.SHAPES if options.all else tpu.named(options.shapes) or tpu.HEADLINE
         rows = tpu.rows_of(shapes, options.chips, options.tilings, options.out)
-        _save(options.out / "tpu.json", command, rows, missing=peers.missing())
+        results.record(options.out / "tpu.json", command, rows, missing=list(peers.missing()))
     elif options.command == "cpu":
-        _save(options.out / "cpu.json", command, cpu.rows_of(options), machine=cpu.machine())
+        rows = cpu.rows_of(options)
+        results.record(options.out / "cpu.json", command, rows, machine=cpu.machine())
     page.write(options.out, options.page)
-
-
-def _save(path: Path, command: str, rows: Iterable[dict[str, Any]], **facts: Any) -> None:
-    found = []
-    for row in rows:
-        print("  ".join(str(value) for value in row.values()), flush=True)
-        found.append(row)
-        run = {"command": command, "versions": _versions(), **facts, "rows": found}
-        path.write_text(json.dumps(run, indent=1) + "\n")  # a run cut short keeps what it has
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from experiments.benchmarks import bars
+from experiments.benchmarks import bars, results
 
 _INTRO = """# Benchmarks
 
@@ -33,12 +33,14 @@ def write(folder: Path, page: Path) -> None:
     """Writes the page from tpu.json and cpu.json, those that exist; reasons.json explains bars."""
     reasons = _read(folder / "reasons.json") or {}
     parts = [_INTRO]
-    if tpu := _read(folder / "tpu.json"):
-        parts += [_TPU, _facts(tpu), bars.table(bars.TPU_BARS, tpu["rows"], reasons)]
-        parts += [_tpu_tables(tpu["rows"]), _whole(tpu["rows"]), _pictures(folder, page)]
-    if cpu := _read(folder / "cpu.json"):
-        parts += [_CPU, _facts(cpu), bars.table(bars.CPU_BARS, cpu["rows"], reasons)]
-        parts += [_cpu_table(cpu["rows"])]
+    if tpu := results.load(folder / "tpu.json"):
+        rows = results.rows_of(tpu)
+        parts += [_TPU, _facts(tpu), bars.table(bars.TPU_BARS, rows, reasons)]
+        parts += [_tpu_tables(rows), _whole(rows), _pictures(folder, page)]
+    if cpu := results.load(folder / "cpu.json"):
+        rows = results.rows_of(cpu)
+        parts += [_CPU, _facts(cpu), bars.table(bars.CPU_BARS, rows, reasons)]
+        parts += [_cpu_table(rows)]
     page.write_text("\n\n".join(part.strip() for part in parts if part) + "\n")
 
 
@@ -46,10 +48,14 @@ def _read(path: Path) -> Any:
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def _facts(run: Mapping[str, Any]) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
-    missing = "".join(f" {name} was not installed." for name in run.get("missing", ()))
-    return f"`{run['command']}`; {versions}.{missing}"
+def _facts(runs: Iterable[Mapping[str, Any]]) -> str:
+    lines = []
+    for run in runs:
+        versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
+        where = f" on {run['machine']}" if "machine" in run else ""
+        missing = "".join(f" {name} was not installed." for name in run.get("missing", ()))
+        lines.append(f"- `{run['command']}` at {run['commit']}{where}; {versions}.{missing}")
+    return "\n".join(lines)
 
 
 def best(rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

@@ -25,6 +25,8 @@ HEADLINE = tuple(
     product for model in (OLMOE, MIXTRAL) for tokens in (8, 32, 4096)
     for product in (model.gate(tokens), model.down(tokens))
 )  # fmt: skip
+PICTURED = (OLMOE.gate(4096), OLMOE.gate(32), MIXTRAL.gate(32))  # whose schedules are drawn
+DRAWN = ("ours bf16", "ours int4 g128", "ours int3 g128")  # of ours; and of each peer the best
 _PREFILL = 512  # tokens from which on peers without a decode path are worth a look
 
 
@@ -39,7 +41,10 @@ def ours(shape: Shape, chip: Chip) -> Iterator[aot.Case]:
 def rows_of(
     shapes: Sequence[Shape], chips: Sequence[str], tilings: int, pictures: Path | None
 ) -> Iterator[dict[str, Any]]:
-    """One row per shape, chip, kind of group sizes and contender; `pictures`: folder for plots."""
+    """One row per shape, chip, kind of group sizes and contender.
+
+    tilings: of megablox to compile; with none no peer is asked. pictures: folder for plots.
+    """
     for chip in (CHIPS[name] for name in chips):
         for shape in shapes:
             sizes = {label: shape.group_sizes(skew) for label, skew in SKEWS.items()}
@@ -48,9 +53,9 @@ def rows_of(
             labels = list(sizes) * len(cases)
             for label, one in zip(labels, priced, strict=True):
                 yield _row(one, label, chip)
-            if shape.tokens >= _PREFILL:
+            if shape.tokens >= _PREFILL and tilings:
                 yield from _whole_programs(shape, chip)
-            if pictures is not None:
+            if pictures is not None and shape in PICTURED:
                 balanced = [one for one in priced if one.sizes is sizes["balanced"] and one.cost]
                 _draw(balanced, chip, pictures)
 
@@ -92,18 +97,20 @@ def _whole_programs(shape: Shape, chip: Chip) -> Iterator[dict[str, Any]]:
 
 
 def _draw(priced: Iterable[aot.Priced], chip: Chip, pictures: Path) -> None:
-    """The schedules of the best of ours and of the best peer."""
+    """The schedules of some of ours and of each peer's best."""
     best: dict[str, aot.Priced] = {}
     for one in sorted(priced, key=lambda one: -one.cost.modelled if one.cost else 0):
-        best[one.case.name.split()[0]] = one
+        ours = one.case.name.startswith("ours")
+        if not ours or one.case.name in DRAWN:
+            best[one.case.name if ours else one.case.name.split()[0]] = one
     for name, one in best.items():
         assert one.schedule is not None
         counts = one.case.counts(one.schedule, one.sizes)
-        shape = one.case.shape.name.replace("/", "-")
+        stem = f"{chip.name}-{one.case.shape.name}-{name}".replace("/", "-").replace(" ", "-")
         title = f"{one.case.name}, {one.case.shape.name}, {chip.name}"
-        aot.plot(one.schedule, pictures / f"{chip.name}-{shape}-{name}.png", counts, title)
+        aot.plot(one.schedule, pictures / f"{stem}.png", counts, title)
         table = one.schedule.table(counts)
-        (pictures / f"{chip.name}-{shape}-{name}.txt").write_text(f"{title}\n{table}\n")
+        (pictures / f"{stem}.txt").write_text(f"{title}\n{table}\n")
 
 
 def named(names: Sequence[str]) -> tuple[Shape, ...]:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
-
 import jax
 import numpy as np
 import pytest
 from moejax_kernels.chips import V5E
 from moejax_kernels.shapes import MIXTRAL, OLMOE, Experts
 
-from experiments.benchmarks import bars, cpu, megablox, page, tpu
+from experiments.benchmarks import bars, cpu, megablox, page, results, tpu
 
 TINY = Experts("tiny", 16, 24, 4, 2)
 
@@ -77,12 +75,24 @@ def test_every_bar_can_be_measured(tmp_path):
         for name in (*(f"ours {name}" for name in names), "megablox 1x2x3")
     ]
     assert all(bar.measure(rows) for bar in bars.TPU_BARS)
-    run = {"command": "tpu", "versions": {"jax": "1"}, "missing": ["qwix"], "rows": rows}
-    (tmp_path / "tpu.json").write_text(json.dumps(run))
+    results.record(tmp_path / "tpu.json", "tpu", rows, missing=["qwix"])
     page.write(tmp_path, tmp_path / "page.md")
     text = (tmp_path / "page.md").read_text()
     assert "qwix was not installed" in text and "ours int2 g128" in text
     assert "not measured" not in text
+
+
+def test_a_run_replaces_what_it_measured_and_nothing_else(tmp_path):
+    """Catches a run of one model that wipes the other's rows, and old figures beside new ones."""
+    path = tmp_path / "tpu.json"
+    results.record(path, "first", [row("a", 1.0), row("b", 2.0)])
+    results.record(path, "second", [row("b", 3.0), row("b", 4.0, chip="v6e")])
+    results.record(path, "second", [row("c", 5.0)])
+    runs = results.load(path)
+    found = [(run["command"], [one["modelled"] for one in run["rows"]]) for run in runs]
+    assert found == [("first", [1.0]), ("second", [3.0, 4.0, 5.0])]
+    results.record(path, "third", [row("a", 6.0)])
+    assert [run["command"] for run in results.load(path)] == ["second", "third"]
 
 
 def test_megablox_visits_shared_tiles_twice():

@@ -10,14 +10,17 @@ One invocation walks over all row blocks (blocks.py) of all column slices and mo
 - Copies have dynamic heights, so that HBM sees useful rows only, and no two copies overlap.
 
 `forward` also takes the weights transposed (for dx), and several weights whose products meet in an
-epilogue (gated_grouped_matmul). The weight gradient has its own kernel in pallas_tpu_dw.py.
+epilogue (gated_grouped_matmul). `product` takes weights in other formats: a slice is decoded once
+it has come, and serves all blocks of its group (quantized_grouped_matmul). The weight gradient has
+its own kernel in pallas_tpu_dw.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import product
+from itertools import product as pairs
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +32,40 @@ from moejax_kernels.grouped_matmul import blocks
 from moejax_kernels.grouped_matmul.blocks import UNIT
 from moejax_kernels.grouped_matmul.tiles import LANES, Tiles, round_up, tiles_for
 
+SUBLANES = 8
 Epilogue = Callable[..., Array]
+Decoder = Callable[..., None]
+"""(refs of the leaves' copies, ref to write, first column) -> None: decodes a slice of columns."""
+
+
+class Cut(NamedTuple):
+    """What of an expert's matrix is copied for a slice of columns of the product.
+
+    axis: the axis of the matrix that is cut along with the columns; None copies it whole.
+    share: entries along that axis per column, as (numerator, denominator).
+    """
+
+    axis: int | None
+    share: tuple[int, int] = (1, 1)
+
+    def shape(self, whole: tuple[int, ...], width: int) -> tuple[int, ...]:
+        """Of the copy for a slice of `width` columns; whole: the matrix's."""
+        shape = list(whole)
+        if self.axis is not None:
+            shape[self.axis] = self._entries(width)
+        return tuple(shape)
+
+    def at(self, expert: Array, first: Array, width: int) -> tuple:
+        """Index of the copy of one expert for columns [first, first + width)."""
+        index: list = [slice(None), slice(None)]
+        if self.axis is not None:
+            multiple = LANES if self.axis == 1 else SUBLANES
+            start = first if self.share == (1, 1) else self._entries(first)
+            index[self.axis] = pl.ds(pl.multiple_of(start, multiple), self._entries(width))
+        return (expert, *index)
+
+    def _entries(self, columns):
+        return columns * self.share[0] // self.share[1]
 
 
 def itself(product: Array) -> Array:
@@ -70,13 +106,39 @@ def forward(
             jnp.promote_types(x_RxK.dtype, weights[0].dtype),
             operands=len(weights),
         )
-    x = pad(x_RxK, (UNIT, LANES))
     weights = tuple(pad(w, (1, LANES, LANES)) for w in weights)
-    plan = blocks.cut(
-        group_sizes_G, group_offset, weights[0].shape[0], x.shape[0], tiles.heights, tiles.ramp
+    y = product(
+        pad(x_RxK, (UNIT, LANES)),
+        [(w, Cut(axis=0 if transposed else 1)) for w in weights],
+        weights[0].shape[1 if transposed else 2],
+        group_sizes_G,
+        group_offset,
+        transposed=transposed,
+        epilogue=epilogue,
+        tiles=tiles,
     )
-    y = _call(x, weights, plan.scalars(), transposed, epilogue, tiles)
     return y[:rows, :columns]
+
+
+def product(
+    x: Array,
+    leaves: Sequence[tuple[Array, Cut]],
+    columns: int,
+    group_sizes_G: Array,
+    group_offset: int | Array,
+    *,
+    transposed: bool,
+    tiles: Tiles,
+    epilogue: Epilogue = itself,
+    decoder: Decoder | None = None,
+) -> Array:
+    """`forward` on whole tiles: rows a multiple of UNIT, widths multiples of LANES.
+
+    leaves: the weights themselves, one product each; with a decoder, what one weight is made of.
+    """
+    experts = leaves[0][0].shape[0]
+    plan = blocks.cut(group_sizes_G, group_offset, experts, x.shape[0], tiles.heights, tiles.ramp)
+    return _call(x, leaves, columns, plan.scalars(), transposed, epilogue, decoder, tiles)
 
 
 def on_chip(array: Array) -> Array:
@@ -96,16 +158,16 @@ def pad(array: Array, multiples: tuple[int, ...]) -> Array:
     return jnp.pad(array, missing) if any(more for _, more in missing) else array
 
 
-def _call(x, weights, scalars, transposed, epilogue, tiles):
+def _call(x, leaves, columns, scalars, transposed, epilogue, decoder, tiles):
     rows, inputs = x.shape
-    columns = weights[0].shape[1 if transposed else 2]
     width = min(tiles.columns, columns)
     slices = -(-columns // width)
     w_slice = (width, inputs) if transposed else (inputs, width)
     tall = tiles.heights[0]
     kernel = partial(
         _kernel,
-        operands=len(weights),
+        cuts=[cut for _, cut in leaves],
+        decoder=decoder,
         slices=-(-slices // tiles.cores),
         all_slices=slices,
         transposed=transposed,
@@ -114,26 +176,28 @@ def _call(x, weights, scalars, transposed, epilogue, tiles):
         chunk=min(tiles.chunk, width),
         unit_size=tiles.unit,
     )
-    experts = weights[0].shape[0]
+    arrays = [array for array, _ in leaves]
+    experts = arrays[0].shape[0]
     bytes_moved = slices * x.nbytes + rows * columns * x.dtype.itemsize
-    bytes_moved += sum(min(1, rows / experts) * w.nbytes for w in weights)
+    bytes_moved += sum(min(1, rows / experts) * array.nbytes for array in arrays)
     return pl.pallas_call(
         kernel,
         out_shape=like(x, (rows, columns), x.dtype),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
             grid=(tiles.cores,),
-            in_specs=[pl.BlockSpec(memory_space=pl.ANY)] * (1 + len(weights)),
+            in_specs=[pl.BlockSpec(memory_space=pl.ANY)] * (1 + len(leaves)),
             out_specs=pl.BlockSpec(memory_space=pl.ANY),
             scratch_shapes=[
                 pltpu.VMEM((2, tall, inputs), x.dtype),
-                *[pltpu.VMEM((2, *w_slice), w.dtype) for w in weights],
+                *[pltpu.VMEM((2, *cut.shape(a.shape[1:], width)), a.dtype) for a, cut in leaves],
+                None if decoder is None else pltpu.VMEM(w_slice, x.dtype),
                 pltpu.VMEM((2, tall, width), x.dtype),
                 pltpu.VMEM((UNIT, width), x.dtype),
                 pltpu.VMEM((_FILL, width), x.dtype),
                 pltpu.SMEM((2,), jnp.int32),
                 pltpu.SemaphoreType.DMA((2,)),
-                pltpu.SemaphoreType.DMA((2, len(weights))),
+                pltpu.SemaphoreType.DMA((2, len(leaves))),
                 pltpu.SemaphoreType.DMA((2,)),
                 pltpu.SemaphoreType.DMA,
             ],
@@ -144,12 +208,12 @@ def _call(x, weights, scalars, transposed, epilogue, tiles):
             disable_bounds_checks=True,  # blocks.cut keeps every row inside
         ),
         cost_estimate=pl.CostEstimate(
-            flops=2 * rows * inputs * columns * len(weights),
+            flops=2 * rows * inputs * columns * (len(leaves) if decoder is None else 1),
             bytes_accessed=int(bytes_moved),
             transcendentals=0,
         ),
         name="grouped_matmul",
-    )(*scalars, x, *weights)
+    )(*scalars, x, *arrays)
 
 
 _FILL = 128  # rows of zeros per copy, where rows belong to no group
@@ -165,7 +229,8 @@ def _kernel(
     numbers,
     x_hbm,
     *refs,
-    operands,
+    cuts,
+    decoder,
     slices,
     all_slices,
     transposed,
@@ -174,20 +239,24 @@ def _kernel(
     chunk,
     unit_size,
 ):
+    operands = len(cuts)
     w_hbm, (y_hbm, x_buffer), refs = (
         refs[:operands],
         refs[operands : operands + 2],
         refs[operands + 2 :],
     )
     w_buffer, refs = refs[:operands], refs[operands:]
-    y_buffer, carry, zeros, pending, x_arrived, w_arrived, y_left, filled = refs
+    decoded, y_buffer, carry, zeros, pending, x_arrived, w_arrived, y_left, filled = refs
     count, visited, begin, end = (numbers[i] for i in range(4))
     width = y_buffer.shape[2]
     first_slice = pl.program_id(0) * slices
     last_slice = jnp.minimum(first_slice + slices, all_slices)
 
+    def first_column(n):
+        return jnp.minimum(n * width, y_hbm.shape[1] - width)
+
     def columns(n):
-        return pl.ds(pl.multiple_of(jnp.minimum(n * width, y_hbm.shape[1] - width), LANES), width)
+        return pl.ds(pl.multiple_of(first_column(n), LANES), width)
 
     def unit(row):
         return pl.multiple_of(row & -UNIT, UNIT)
@@ -201,15 +270,9 @@ def _kernel(
 
     def w_copies(n, rank, slot):
         expert = expert_E[rank]
-        for i in range(operands):
-            at = (
-                (expert, columns(n), slice(None))
-                if transposed
-                else (expert, slice(None), columns(n))
-            )
-            yield pltpu.make_async_copy(
-                w_hbm[i].at[at], w_buffer[i].at[slot], w_arrived.at[slot, i]
-            )
+        for i, cut in enumerate(cuts):
+            source = w_hbm[i].at[cut.at(expert, first_column(n), width)]
+            yield pltpu.make_async_copy(source, w_buffer[i].at[slot], w_arrived.at[slot, i])
 
     def y_copy(row, height, n, slot):
         target = y_hbm.at[pl.ds(unit(row), unit(height)), columns(n)]
@@ -242,15 +305,16 @@ def _kernel(
     def compute(height, slot, w_slot):
         """One block: all of K, `chunk` columns per basic block."""
         contract = (((1,), (1 if transposed else 0,)), ((), ()))
+        w_refs = [w_ref.at[w_slot] for w_ref in w_buffer] if decoder is None else [decoded]
 
         def chunk_of(j, _):
             first = jnp.minimum(j * chunk, width - chunk)
-            for (left, right), (top, bottom) in product(cuts(chunk, unit_size), row_pieces(height)):
+            for (left, right), (top, bottom) in pairs(pieces(chunk, unit_size), row_pieces(height)):
                 at = pl.ds(pl.multiple_of(first + left, LANES), right - left)
                 x = x_buffer[slot, top:bottom, :]
                 products = []
-                for w_ref in w_buffer:
-                    w = w_ref[w_slot, at, :] if transposed else w_ref[w_slot, :, at]
+                for w_ref in w_refs:
+                    w = w_ref[at, :] if transposed else w_ref[:, at]
                     products.append(dot(x, w, contract))
                 y_buffer[slot, top:bottom, at] = epilogue(*products).astype(y_buffer.dtype)
 
@@ -285,6 +349,8 @@ def _kernel(
 
             for copy in w_copies(n, rank, w_slot):
                 copy.wait()
+            if decoder is not None:
+                decoder([ref.at[w_slot] for ref in w_buffer], decoded, first_column(n))
 
         x_copy(b, slot).wait()
         await_y(slot)
@@ -347,7 +413,7 @@ def _kernel(
 PIECE = 128  # rows that pass a matrix unit while its next weights load, on v6e; on v5e, twice that
 
 
-def cuts(size: int, piece: int) -> list[tuple[int, int]]:
+def pieces(size: int, piece: int) -> list[tuple[int, int]]:
     """[0, size) in pieces of `piece`, the last one shorter."""
     return [(start, min(start + piece, size)) for start in range(0, size, piece)]
 

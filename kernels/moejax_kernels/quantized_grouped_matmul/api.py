@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 
 from moejax_kernels.grouped_matmul import xla as dense_xla
+from moejax_kernels.platforms import Out, alike, per_platform
 from moejax_kernels.quantized_grouped_matmul import (
     pallas_tpu,
+    pallas_tpu_prefill,
     pallas_triton,
     reference,
     xla,
@@ -64,7 +67,7 @@ def quantized_grouped_matmul(
     _check(x_RxK, leaves, group_sizes_G, bits, activation_bits)
     if backend not in (None, *BACKENDS):
         raise ValueError(f"backend = {backend!r} is unknown; choose None or one of {BACKENDS}.")
-    if backend == "pallas_tpu" and not pallas_tpu.fits(x_RxK, leaves, group_sizes_G, bits):
+    if backend == "pallas_tpu" and tpu_kernel(x_RxK, leaves, group_sizes_G, bits) is None:
         raise ValueError(
             f"the TPU kernel wants columns in 128s and whole chunks of inputs and groups; words "
             f"{words.shape} of {bits} bits with {scale.shape[1]} groups do not fit; use 'xla'."
@@ -115,7 +118,19 @@ def _jitted(backend, bits, activation_bits, x_RxK, leaves, group_sizes_G, group_
     # jit keeps eager calls from compiling their loops anew each time.
     if backend == "reference" and activation_bits is None:  # plain autodiff
         return reference.forward(x_RxK, leaves, group_sizes_G, group_offset, bits=bits)
-    return _product(backend, bits, activation_bits, x_RxK, leaves, group_sizes_G, group_offset)
+    arrays = alike(x_RxK, leaves, group_sizes_G, group_offset)
+    return _product(backend, bits, activation_bits, *arrays)
+
+
+def tpu_kernel(
+    x_RxK: Array, leaves: Leaves, group_sizes_G: Array, bits: int
+) -> Callable[..., Array] | None:
+    """The TPU kernel for these shapes: raw codes for few rows, decoded slices for many; or None."""
+    many = x_RxK.shape[0] > pallas_tpu_prefill.ROWS_PER_EXPERT * group_sizes_G.shape[0]
+    few_fit = pallas_tpu.fits(x_RxK, leaves, group_sizes_G, bits)
+    if pallas_tpu_prefill.fits(leaves, bits) and (many or not few_fit):
+        return pallas_tpu_prefill.forward
+    return pallas_tpu.forward if few_fit else None
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -125,18 +140,29 @@ def _product(backend, bits, activation_bits, x_RxK, leaves, group_sizes_G, group
     operands = (x_RxK, leaves, group_sizes_G, group_offset)
     if backend == "reference":
         return reference.forward(*operands, **options)
-    if backend == "pallas_tpu":
-        return pallas_tpu.forward(*operands, **options)
     if backend == "pallas_triton":
         words, scale, zero = leaves.words, leaves.scale, leaves.zero
         return pallas_triton.forward(
             x_RxK, words, scale, zero, group_sizes_G, group_offset, bits=bits
         )
-    if backend == "xla" or not pallas_tpu.fits(x_RxK, leaves, group_sizes_G, bits):
+    kernel = tpu_kernel(x_RxK, leaves, group_sizes_G, bits)
+    out = Out((x_RxK.shape[0], leaves.words.shape[2]), x_RxK.dtype)
+    return _on(backend, kernel and partial(kernel, **options), portable, out, *operands)
+
+
+def _on(backend, kernel, portable, out: Out, *operands) -> Array:
+    """What the backend's way makes of the operands; with None, the platform's."""
+    if backend == "xla" or kernel is None:
         return portable(*operands)
-    # Decided when the program is lowered: a TPU program may be compiled on a machine without one.
-    kernel = partial(pallas_tpu.forward, **options)
-    return lax.platform_dependent(*operands, tpu=kernel, default=portable)
+    if backend == "pallas_tpu":
+        return kernel(*operands)
+    arrays, treedef = jax.tree.flatten(operands)
+
+    def flat(way):
+        return lambda *arrays: [way(*treedef.unflatten(arrays))]
+
+    (y,) = per_platform(*arrays, out=[out], default=flat(portable), tpu=flat(kernel))
+    return y
 
 
 def _product_forward(backend, bits, activation_bits, x_RxK, leaves, group_sizes_G, group_offset):
@@ -146,7 +172,16 @@ def _product_forward(backend, bits, activation_bits, x_RxK, leaves, group_sizes_
 
 def _product_backward(backend, bits, activation_bits, saved, dy_RxN):
     x_RxK, leaves, group_sizes_G, group_offset = saved
-    dx_RxK = xla.forward(dy_RxN, leaves, group_sizes_G, group_offset, bits=bits, transposed=True)
+    options = {"bits": bits, "transposed": True}
+    fits = pallas_tpu_prefill.fits(leaves, bits)
+    kernel = partial(pallas_tpu_prefill.forward, **options) if fits else None
+    dx_RxK = _on(
+        backend if backend in (None, "pallas_tpu") else "xla",
+        kernel,
+        partial(xla.forward, **options),
+        Out(x_RxK.shape, dy_RxN.dtype),
+        *(dy_RxN, leaves, group_sizes_G, group_offset),
+    )
     expert = partial(reference.decode, bits=bits)
     gradients = dense_xla.leaves_gradient(
         x_RxK, dy_RxN, leaves, expert, group_sizes_G, group_offset

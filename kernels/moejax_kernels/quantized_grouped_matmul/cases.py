@@ -1,4 +1,4 @@
-"""Cases of the bench: the kernel at the bits, groups and modes that are compared."""
+"""Cases of the bench: the kernels at the bits, groups and modes that are compared."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ import numpy as np
 
 from moejax_kernels import aot
 from moejax_kernels.chips import Chip
-from moejax_kernels.quantized_grouped_matmul import pallas_tpu
+from moejax_kernels.grouped_matmul import modelled
+from moejax_kernels.grouped_matmul.tiles import Tiles, rule
+from moejax_kernels.quantized_grouped_matmul import pallas_tpu, pallas_tpu_prefill
 from moejax_kernels.quantized_grouped_matmul.layout import WORD
 from moejax_kernels.quantized_grouped_matmul.reference import Leaves
 from moejax_kernels.shapes import Shape
 
 GROUP = 128
-MOST_TOKENS = 64  # above, the op takes the portable path
+MOST_TOKENS = 64  # of decode, whose kernel multiplies raw codes
 
 
 class Variant(NamedTuple):
@@ -48,9 +50,19 @@ VARIANTS = (
 )
 
 
+PREFILL = (Variant(8), Variant(4, zeros=True), Variant(3))
+
+
 def tpu(shape: Shape, chip: Chip) -> Iterator[aot.Case]:
-    """The kernel's cases for a shape of decode."""
-    if shape.tokens > MOST_TOKENS or shape.inputs % GROUP:
+    """The kernels' cases for a shape: of decode, or of prefill with the gradient of x."""
+    if shape.inputs % GROUP:
+        return
+    if shape.tokens > MOST_TOKENS:
+        for variant in PREFILL:
+            if pallas_tpu_prefill.fits(_leaves(shape, variant), variant.bits):
+                yield prefill(shape, variant, chip)
+        if pallas_tpu_prefill.fits(_leaves(shape, Variant(4)), 4):
+            yield prefill(shape, Variant(4), chip, transposed=True)
         return
     for variant in VARIANTS:
         if _tiles(shape, variant) is not None:
@@ -58,17 +70,9 @@ def tpu(shape: Shape, chip: Chip) -> Iterator[aot.Case]:
 
 
 def case(shape: Shape, variant: Variant) -> aot.Case:
-    """One variant at one shape: bfloat16 rows, float16 scales, uint8 zeros, bfloat16 factors."""
-    experts, groups = shape.experts, shape.inputs // GROUP
+    """One variant of decode at one shape."""
+    leaves = _leaves(shape, variant)
     array: Any = jax.ShapeDtypeStruct
-    scales = (experts, groups, shape.outputs)
-    leaves = Leaves(
-        array((experts, shape.inputs * variant.bits // WORD, shape.outputs), jnp.uint32),
-        array(scales, jnp.float16),
-        array(scales, jnp.uint8) if variant.zeros else None,
-        array((experts, shape.inputs, variant.rank), jnp.bfloat16) if variant.rank else None,
-        array((experts, variant.rank, shape.outputs), jnp.bfloat16) if variant.rank else None,
-    )
     x = array((shape.rows, shape.inputs), jnp.bfloat16)
 
     def call(x, leaves, sizes):
@@ -78,7 +82,7 @@ def case(shape: Shape, variant: Variant) -> aot.Case:
     return aot.Case(
         name=variant.name,
         shape=shape,
-        program=aot.Program(call, (x, leaves, array((experts,), jnp.int32))),
+        program=aot.Program(call, (x, leaves, array((shape.experts,), jnp.int32))),
         kernel="quantized_grouped_matmul",
         counts=partial(_counts, shape, variant),
         hbm_bytes=lambda sizes: (
@@ -88,6 +92,74 @@ def case(shape: Shape, variant: Variant) -> aot.Case:
             _bank_bytes(shape, variant, sizes) + 2 * shape.rows * (shape.inputs + shape.outputs)
         ),
     )
+
+
+def _leaves(shape: Shape, variant: Variant) -> Leaves:
+    """Shapes of the experts: float16 scales, uint8 zeros, bfloat16 factors."""
+    experts, groups = shape.experts, shape.inputs // GROUP
+    array: Any = jax.ShapeDtypeStruct
+    scales = (experts, groups, shape.outputs)
+    return Leaves(
+        array((experts, shape.inputs * variant.bits // WORD, shape.outputs), jnp.uint32),
+        array(scales, jnp.float16),
+        array(scales, jnp.uint8) if variant.zeros else None,
+        array((experts, shape.inputs, variant.rank), jnp.bfloat16) if variant.rank else None,
+        array((experts, variant.rank, shape.outputs), jnp.bfloat16) if variant.rank else None,
+    )
+
+
+def prefill(shape: Shape, variant: Variant, chip: Chip, transposed: bool = False) -> aot.Case:
+    """One variant of prefill (transposed: its gradient of x) with the tiles of the rule."""
+    kernel = "transposed" if transposed else "forward"
+    sides = modelled.sides(kernel, shape)
+    tiles = rule(kernel, shape.rows, *sides, shape.experts, jnp.bfloat16, chip=chip)
+    tiles = pallas_tpu_prefill.whole_chunks(tiles, variant.bits, sides[1], transposed)
+    array: Any = jax.ShapeDtypeStruct
+
+    def call(rows, leaves, sizes):
+        options = {"bits": variant.bits, "transposed": transposed, "tiles": tiles}
+        return pallas_tpu_prefill.forward(rows, leaves, sizes, 0, **options)
+
+    rows = array((shape.rows, sides[0]), jnp.bfloat16)
+    sizes = array((shape.experts,), jnp.int32)
+    return aot.Case(
+        name=variant.name + (", dx" if transposed else ""),
+        shape=shape,
+        program=aot.Program(call, (rows, _leaves(shape, variant), sizes)),
+        kernel="grouped_matmul",
+        counts=partial(_prefill_counts, kernel, shape, tiles),
+        hbm_bytes=partial(_prefill_bytes, kernel, shape, variant, tiles),
+        least_bytes=lambda sizes: (
+            _bank_bytes(shape, variant, sizes) + 2 * shape.rows * (shape.inputs + shape.outputs)
+        ),
+    )
+
+
+def _prefill_bytes(
+    kernel: str, shape: Shape, variant: Variant, tiles: Tiles, sizes: np.ndarray
+) -> float:
+    """Copies of the kernel, scales and zeros as float32 and for dx once a slice; x put in order."""
+    rows = modelled.traffic(kernel, shape, tiles, sizes)
+    inputs, outputs = modelled.sides(kernel, shape)
+    slices = modelled.slices_of(kernel, shape, tiles)
+    visited = np.count_nonzero(sizes)
+    rows -= 2 * visited * inputs * slices * min(tiles.columns, outputs)  # a bfloat16 bank
+    weights = shape.inputs * shape.outputs
+    scales = 4 * weights // GROUP * (2 if variant.zeros else 1)
+    scales *= slices if kernel == "transposed" else 1
+    ordered = 2 * 2 * shape.rows * shape.inputs  # read and written again
+    return float(rows + visited * (weights * variant.bits / 8 + scales) + ordered)
+
+
+def _prefill_counts(
+    kernel: str, shape: Shape, tiles: Tiles, schedule: aot.Schedule, sizes: np.ndarray
+) -> dict[str, int]:
+    """Those of the plain kernel; the first guard of a block decodes, once per slice and group."""
+    counts = modelled.counts(kernel, shape, tiles, schedule, sizes)
+    loop = modelled.compute_regions(schedule)[0].path.rpartition("/")[0]
+    guard = next(child for child in schedule.regions[loop].children if not child.is_loop)
+    visited = int(np.count_nonzero(sizes))
+    return counts | {guard.path: modelled.slices_of(kernel, shape, tiles) * visited}
 
 
 def _tiles(shape: Shape, variant: Variant) -> pallas_tpu.Tiling | None:
