@@ -32,8 +32,7 @@ def cuts(experts: GatedExperts, parallel: Parallel) -> list[Cut]:
     for name, weight in _held(experts).items():
         axes = weights.logical_axes(weight, BANK_LOGICAL[name])
         for leaf, array in weights.flatten(weight).items():
-            parts = parallel.rules.partition(array.shape, axes[leaf], sizes)
-            found.append(tuple(tuple(part or ()) for part in parts))
+            found.append(parallel.rules.cut(array.shape, axes[leaf], sizes))
     if sizes[MODEL] > 1:
         _check_hidden(experts, sizes[MODEL])
     return found
