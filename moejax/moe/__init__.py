@@ -52,7 +52,19 @@ from moejax.moe.shared import SharedGate, SigmoidSharedGate
 from moejax.moe.layer import Fixed, MoELayer, MoESpec, SlotSpec, rule_tables
 
 # On a mesh
-from moejax.moe.parallel import Local, PaddedAllToAll, Parallel, Strategy
+from moejax.moe.parallel import (
+    COMBINED,
+    DISPATCHED,
+    TED,
+    ExpertsMove,
+    HierarchicalAllToAll,
+    Local,
+    PaddedAllToAll,
+    Parallel,
+    RaggedAllToAll,
+    Ring,
+    Strategy,
+)
 
 # Losses
 from moejax.moe.losses import (
@@ -65,7 +77,14 @@ from moejax.moe.losses import (
 
 __all__ = [
     "BANK_LOGICAL",
+    "COMBINED",
+    "DISPATCHED",
+    "TED",
+    "ExpertsMove",
+    "HierarchicalAllToAll",
     "Local",
+    "RaggedAllToAll",
+    "Ring",
     "PaddedAllToAll",
     "Parallel",
     "Strategy",
