@@ -47,9 +47,24 @@ from moejax.moe.activations import (
     ScaledInput,
     SiLU,
 )
-from moejax.moe.experts import GatedExperts, GatedFFN, draw
+from moejax.moe.experts import BANK_LOGICAL, GatedExperts, GatedFFN, draw
 from moejax.moe.shared import SharedGate, SigmoidSharedGate
 from moejax.moe.layer import Fixed, MoELayer, MoESpec, SlotSpec, rule_tables
+
+# On a mesh
+from moejax.moe.parallel import (
+    COMBINED,
+    DISPATCHED,
+    TED,
+    ExpertsMove,
+    HierarchicalAllToAll,
+    Local,
+    PaddedAllToAll,
+    Parallel,
+    RaggedAllToAll,
+    Ring,
+    Strategy,
+)
 
 # Losses
 from moejax.moe.losses import (
@@ -61,6 +76,18 @@ from moejax.moe.losses import (
 )
 
 __all__ = [
+    "BANK_LOGICAL",
+    "COMBINED",
+    "DISPATCHED",
+    "TED",
+    "ExpertsMove",
+    "HierarchicalAllToAll",
+    "Local",
+    "RaggedAllToAll",
+    "Ring",
+    "PaddedAllToAll",
+    "Parallel",
+    "Strategy",
     "GELU",
     "Activation",
     "AttentionImportance",

@@ -81,7 +81,8 @@ def quantized_grouped_matmul(
             f"pallas_triton takes 4 or 8 bits in groups of at least 16 words, x as it is and no "
             f"addend; got {bits} bits, words {words.shape}, {scale.shape[1]} groups; use 'xla'."
         )
-    return _jitted(backend, bits, activation_bits, x_RxK, leaves, group_sizes_G, group_offset)
+    operands = alike(x_RxK, leaves, group_sizes_G, group_offset)
+    return _jitted(backend, bits, activation_bits, *operands)
 
 
 def _check(x_RxK, leaves: Leaves, group_sizes_G, bits, activation_bits) -> None:
