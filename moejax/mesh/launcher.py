@@ -40,14 +40,14 @@ def launch(
         raise RunError(f"{processes} processes run nothing.", "Start at least 1.")
     address = f"{LOOPBACK}:{_free_port()}"
     children: list[subprocess.Popen[bytes]] = []
-    for number in range(processes):
-        own = {**environ, ADDRESS: address, COUNT: str(processes), ID: str(number)}
-        children.append(_start(command, own, number))
     before = {number: signal.getsignal(number) for number in _STOPS if _in_main_thread()}
     asked: list[int] = []
     for number in before:
         signal.signal(number, lambda got, _: asked.append(got))
     try:
+        for number in range(processes):
+            own = {**environ, ADDRESS: address, COUNT: str(processes), ID: str(number)}
+            children.append(_start(command, own, number))
         return _watch(children, grace_seconds, asked)
     finally:
         for number, handler in before.items():

@@ -1,7 +1,7 @@
 """Mixture-of-Experts layers: router, dispatch, experts, losses."""
 
 # Routing
-from moejax.moe.routing import RouterContext, Routing, SlotMap
+from moejax.moe.routing import ROUTING, RouterContext, Routing, SlotMap
 
 # Routers: scores + selector + gate weights
 from moejax.moe.router import Router, RouterSpec, RouterState
@@ -47,7 +47,7 @@ from moejax.moe.activations import (
     ScaledInput,
     SiLU,
 )
-from moejax.moe.experts import BANK_LOGICAL, GatedExperts, GatedFFN, draw
+from moejax.moe.experts import BANK_LOGICAL, DISPATCHED, GatedExperts, GatedFFN, draw
 from moejax.moe.shared import SharedGate, SigmoidSharedGate
 from moejax.moe.layer import Fixed, MoELayer, MoESpec, SlotSpec, rule_tables
 
@@ -65,6 +65,8 @@ from moejax.moe.losses import (
 
 __all__ = [
     "BANK_LOGICAL",
+    "DISPATCHED",
+    "ROUTING",
     "Local",
     "PaddedAllToAll",
     "Parallel",

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+ROUTING = "routing decisions"  # a name for policies of jax.checkpoint
 STATIC: dict[str, Any] = {"static": True}
 
 
