@@ -1,11 +1,11 @@
 """Several processes become one run: `jax.distributed`, started from what the environment says.
 
-| started by | variables | who counts the processes |
+| started by | what says so | who numbers the processes |
 |---|---|---|
-| `moejax run --processes N`, or by hand | JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID | they |
+| `moejax run --processes N`, or by hand | the variables of `PLAIN` | they do |
 | srun | SLURM_STEP_NUM_TASKS above 1 | JAX, from SLURM's variables |
-| GKE (XPK, JobSet) on TPUs | several TPU_WORKER_HOSTNAMES, or MEGASCALE_NUM_SLICES above 1 | JAX |
-| a TPU VM slice | none: `moejax run --processes pod` | JAX, from the metadata server |
+| GKE (XPK, JobSet) on TPUs | several TPU_WORKER_HOSTNAMES or MEGASCALE_NUM_SLICES | JAX |
+| ssh to each host of a TPU slice | `moejax run --processes pod` | JAX, from the metadata server |
 """
 
 from __future__ import annotations

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 import jax
-from moejax_kernels.permute import COMBINED, PLACES
+from moejax_kernels.permute import PLACES
 
 from moejax.core import spec
-from moejax.moe import DISPATCHED, ROUTING
+from moejax.moe import COMBINED, DISPATCHED, ROUTING
 
 Policy = Callable[..., Any]
 

@@ -47,12 +47,24 @@ from moejax.moe.activations import (
     ScaledInput,
     SiLU,
 )
-from moejax.moe.experts import BANK_LOGICAL, DISPATCHED, GatedExperts, GatedFFN, draw
+from moejax.moe.experts import BANK_LOGICAL, GatedExperts, GatedFFN, draw
 from moejax.moe.shared import SharedGate, SigmoidSharedGate
 from moejax.moe.layer import Fixed, MoELayer, MoESpec, SlotSpec, rule_tables
 
 # On a mesh
-from moejax.moe.parallel import Local, PaddedAllToAll, Parallel, Strategy
+from moejax.moe.parallel import (
+    COMBINED,
+    DISPATCHED,
+    TED,
+    ExpertsMove,
+    HierarchicalAllToAll,
+    Local,
+    PaddedAllToAll,
+    Parallel,
+    RaggedAllToAll,
+    Ring,
+    Strategy,
+)
 
 # Losses
 from moejax.moe.losses import (
@@ -65,9 +77,15 @@ from moejax.moe.losses import (
 
 __all__ = [
     "BANK_LOGICAL",
+    "COMBINED",
     "DISPATCHED",
     "ROUTING",
+    "TED",
+    "ExpertsMove",
+    "HierarchicalAllToAll",
     "Local",
+    "RaggedAllToAll",
+    "Ring",
     "PaddedAllToAll",
     "Parallel",
     "Strategy",

@@ -15,8 +15,6 @@ from moejax.core.taps import Request
 from moejax.moe.activations import Activation
 from moejax.moe.routing import ROUTING
 
-DISPATCHED = "rows that reached their experts"  # a name for policies of jax.checkpoint
-
 BANK_LOGICAL: dict[str, tuple[str | None, ...]] = {
     "gate": (EXPERT, EMBED, EXPERT_HIDDEN),
     "up": (EXPERT, EMBED, EXPERT_HIDDEN),
@@ -75,7 +73,6 @@ class GatedExperts(_Gated):
         self.down_bias = nnx.Param(jnp.zeros((experts, width))) if bias else None
 
     def __call__(self, x_RxD: Array, group_sizes_E: Array, request: Request) -> tuple[Array, Taps]:
-        x_RxD = checkpoint_name(x_RxD, DISPATCHED)
         group_sizes_E = checkpoint_name(group_sizes_E, ROUTING)
 
         def project(x_RxK: Array, matrix: nnx.Param, bias: nnx.Param | None) -> Array:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-ROUTING = "routing decisions"  # a name for policies of jax.checkpoint
+ROUTING = "moe_routing"  # a name for policies of jax.checkpoint: who goes where
 STATIC: dict[str, Any] = {"static": True}
 
 
