@@ -11,11 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from moejax.core import ConfigError, DataError, MoejaxError
+from moejax.core import ConfigError, DataError, MoejaxError, processes
 from moejax.data import EvalBatch
 from moejax.evaluate.scores import Scores, domain_score, pooled, window_sums
 from moejax.evaluate.token_scores import compare, predict, score
 from moejax.models import DecoderLM
+from moejax.moe import Parallel
 from moejax.runs import Progress
 from moejax.trace import TraceRecorder
 
@@ -29,12 +30,15 @@ def evaluate(
     dtype: Any = jnp.float32,
     progress: Progress | None = None,
     record: Mapping[str, TraceRecorder] | None = None,
+    parallel: Parallel | None = None,
 ) -> dict[str, Scores]:
     """Scores of every arm on the same text, read once.
 
     models: arm -> model. base: arm -> the arm it is compared with, None or absent for none.
     group_bytes: bytes of each group's text. dtype: of activations. progress: advances by one per
-    batch and arm. record: arm -> what takes the routing of every token the arm reads.
+    batch and arm. record: arm -> what takes the routing of every token the arm reads. parallel: the
+    mesh on which all models lie, and their strategy; None for one device. Several processes call
+    this together with the same text and get the same scores.
 
     A row of a batch is a window. Its sums are taken on the device, and of the logits nothing else
     outlives the batch; within it, those of arms that others are compared with are kept. Results do
@@ -49,7 +53,8 @@ def evaluate(
     _check_arms(models, base)
     record = record or {}
     arms = {
-        name: _Arm(name, model, base.get(name), record.get(name)) for name, model in models.items()
+        name: _Arm(name, model, base.get(name), record.get(name), parallel)
+        for name, model in models.items()
     }
     compared = [name for name in models if name in base.values()]
     order = compared + [name for name in models if name not in compared]
@@ -69,10 +74,15 @@ class _Arm:
     """A model and what is known of it so far."""
 
     def __init__(
-        self, name: str, model: DecoderLM, base: str | None, recorder: TraceRecorder | None
+        self,
+        name: str,
+        model: DecoderLM,
+        base: str | None,
+        recorder: TraceRecorder | None,
+        parallel: Parallel | None,
     ):
         self.name, self.base, self.vocab = name, base, model.spec.vocab
-        self.recorder = recorder
+        self.recorder, self.parallel = recorder, parallel
         self.graphdef, self.state = nnx.split(model)
         self.sums: dict[str, dict[str, list[np.ndarray]]] = {}
         self.assignments: dict[str, tuple[np.ndarray | None, ...]] = {}
@@ -83,11 +93,13 @@ class _Arm:
         start = time.perf_counter()
         text = batch.tokens_BxS, batch.mask_BxS
         choices = self.recorder.layout.choices if self.recorder else None
-        logits, counts, found = predict(self.graphdef, self.state, *text, dtype, choices)
+        logits, counts, found = predict(
+            self.graphdef, self.state, *text, dtype, self.parallel, choices
+        )
         if self.recorder and found is not None:
             self.recorder.add(*text, batch.group, found)
         logits.block_until_ready()
-        fresh = tuple(c if c is None else np.asarray(c, np.int64) for c in counts)
+        fresh = tuple(c if c is None else np.asarray(c, np.int64) for c in processes.fetch(counts))
         before = self.assignments.get(batch.group)
         self.assignments[batch.group] = fresh if before is None else _added(before, fresh)
         self.spent = time.perf_counter() - start
@@ -98,10 +110,10 @@ class _Arm:
     ) -> None:
         start = time.perf_counter()
         if base is None:
-            found = score(logits, batch.targets_BxS, batch.mask_BxS)
+            found = score(logits, batch.targets_BxS, batch.mask_BxS, self.parallel)
         else:
-            found = compare(base, logits, batch.targets_BxS, batch.mask_BxS)
-        sums = {name: np.asarray(v, np.float64) for name, v in jax.device_get(found).items()}
+            found = compare(base, logits, batch.targets_BxS, batch.mask_BxS, self.parallel)
+        sums = {name: np.asarray(v, np.float64) for name, v in processes.fetch(found).items()}
         seconds = self.spent + time.perf_counter() - start
         for name, value_B in sums.items():
             bad = np.flatnonzero(~np.isfinite(value_B))

@@ -1,7 +1,7 @@
 """Mixture-of-Experts layers: router, dispatch, experts, losses."""
 
 # Routing
-from moejax.moe.routing import RouterContext, Routing, SlotMap
+from moejax.moe.routing import ROUTING, RouterContext, Routing, SlotMap
 
 # Routers: scores + selector + gate weights
 from moejax.moe.router import Router, RouterSpec, RouterState
@@ -79,6 +79,7 @@ __all__ = [
     "BANK_LOGICAL",
     "COMBINED",
     "DISPATCHED",
+    "ROUTING",
     "TED",
     "ExpertsMove",
     "HierarchicalAllToAll",
