@@ -8,7 +8,7 @@ from flax import nnx
 from jax import Array
 
 from moejax import weights
-from moejax.core import Taps, compat, taps
+from moejax.core import Taps, compat, parts, taps
 from moejax.core.taps import Request
 from moejax.moe.activations import Activation
 
@@ -59,6 +59,7 @@ class GatedExperts(_Gated):
         self.up_bias = nnx.Param(jnp.zeros((experts, hidden))) if bias else None
         self.down_bias = nnx.Param(jnp.zeros((experts, width))) if bias else None
 
+    @jax.named_scope(parts.EXPERTS)
     def __call__(self, x_RxD: Array, group_sizes_E: Array, request: Request) -> tuple[Array, Taps]:
         def project(x_RxK: Array, matrix: nnx.Param, bias: nnx.Param | None) -> Array:
             y_RxN = weights.grouped_matmul(x_RxK, compat.read(matrix), group_sizes_E)
@@ -96,11 +97,13 @@ class GatedFFN(_Gated):
     def __call__(self, x_TxD: Array) -> Array:
         return self.project(self.hidden(x_TxD))
 
+    @jax.named_scope(parts.FFN)
     def hidden(self, x_TxD: Array) -> Array:
         """hidden_TxF, what the down projection sees."""
         gate_TxG = weights.matmul(x_TxD, compat.read(self.gate))
         return self.activation.gated(gate_TxG, weights.matmul(x_TxD, compat.read(self.up)))
 
+    @jax.named_scope(parts.FFN)
     def project(self, hidden_TxF: Array) -> Array:
         """y_TxD of the hidden activation."""
         return weights.matmul(hidden_TxF, compat.read(self.down))

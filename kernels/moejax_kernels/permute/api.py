@@ -8,6 +8,7 @@ both lists are asked for so that neither pass needs a scatter.
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -16,6 +17,7 @@ from moejax_kernels.permute import reference, xla
 BACKENDS = {"reference": reference, "xla": xla}
 
 
+@jax.named_scope("dispatch")
 def permute(
     x_TxD: Array, assignment_R: Array, row_A: Array, *, backend: str | None = None
 ) -> Array:
@@ -31,6 +33,7 @@ def permute(
     return _backend(backend).permute(x_TxD, assignment_R, row_A)
 
 
+@jax.named_scope("dispatch")
 def unpermute(
     rows_RxD: Array,
     gate_TxK: Array,
