@@ -18,6 +18,7 @@ EXPERT_INPUT = "expert_input"  # rows_RxD, in the order of group_sizes
 EXPERT_HIDDEN = "expert_hidden"  # rows_RxF, what the down projection sees
 EXPERT_OUTPUT = "expert_output"  # rows_RxD, before the gate weights
 DISPATCH = "dispatch"  # the moe.DispatchPlan that gives the rows' tokens and group sizes
+DROPPED = "dropped"  # int32 [], valid assignments for which no row was left
 FFN_HIDDEN = "ffn_hidden"  # h_TxF of a dense feed-forward, what its down projection sees
 SHARED_HIDDEN = "shared_hidden"  # h_TxF of the shared experts
 ALL_HIDDEN = "all_hidden"  # [E, T, F], every stored expert on every token
@@ -43,6 +44,7 @@ NAMES = frozenset(
         EXPERT_HIDDEN,
         EXPERT_OUTPUT,
         DISPATCH,
+        DROPPED,
         FFN_HIDDEN,
         SHARED_HIDDEN,
         ALL_HIDDEN,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,10 +12,16 @@ from moejax.checkpoint import payload_bytes
 from moejax.compress import Quantize
 from moejax.core import MoejaxError, SpecError, check_that, spec
 from moejax.core.atomic import write_atomically
-from moejax.core.axes import EXPERT
 from moejax.jobs.plan import Plan, model_table
 from moejax.mesh import MeshSpec, bytes_per_device
-from moejax.models import DecoderLM, ModelSpec, abstract_model, count_parameters, parameters
+from moejax.models import (
+    DecoderLM,
+    ModelSpec,
+    abstract_model,
+    count_parameters,
+    parameter_axes,
+    parameters,
+)
 from moejax.runs import RunFolder
 
 MESHES = (
@@ -121,12 +126,11 @@ def _on_device(model: DecoderLM, mesh: MeshSpec) -> str:
 
 
 def model_bytes_per_device(model: DecoderLM, mesh: MeshSpec) -> int:
-    """Bytes of the parameters on each device: plain arrays in bfloat16, banks cut by expert."""
+    """Bytes of the parameters on each device: plain arrays in bfloat16, cut by the mesh's rules."""
     total = 0
     for name, weight in parameters(model).items():
-        lead = (EXPERT,) if ".moe.experts." in name else ()
-        rest = (None,) * (len(weights.shape(weight)) - len(lead))
-        axes = weights.logical_axes(weight, (*lead, *rest))
+        inside = name.split(".", 2)[2] if name.startswith("layers.") else name
+        axes = weights.logical_axes(weight, parameter_axes(inside, len(weights.shape(weight))))
         plain = not isinstance(weight, weights.Format)
         for leaf, array in weights.flatten(weight).items():
             itemsize = _STORED.itemsize if plain else array.dtype.itemsize
@@ -135,5 +139,5 @@ def model_bytes_per_device(model: DecoderLM, mesh: MeshSpec) -> int:
 
 
 def _axes(mesh: MeshSpec) -> str:
-    cuts: dict[str, Any] = {"expert": mesh.expert, "fsdp": mesh.fsdp, "data": mesh.data}
-    return ", ".join(f"{axis} {n}" for axis, n in cuts.items() if n > 1) or "whole"
+    cuts = reversed(mesh.shape.items())
+    return ", ".join(f"{axis} {n}" for axis, n in cuts if n > 1) or "whole"

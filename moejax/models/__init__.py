@@ -53,6 +53,10 @@ from moejax.models.count import (
 from moejax.models.parameters import abstract_model, parameters, retyped, with_parameters
 from moejax.models.partition import Structure, combine, partition
 
+# Where they lie on a mesh
+from moejax.models.logical import parameter_axes
+from moejax.models.sharding import leaf_shardings, place
+
 # Generation
 from moejax.models.generate import Greedy, Sample, generate
 
@@ -60,6 +64,9 @@ from moejax.models.generate import Greedy, Sample, generate
 from moejax.models.edits import permute_experts, select_experts, with_rule
 
 __all__ = [
+    "leaf_shardings",
+    "parameter_axes",
+    "place",
     "AttentionSpec",
     "Block",
     "Carry",

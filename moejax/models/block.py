@@ -16,7 +16,7 @@ from moejax.core.taps import Request
 from moejax.models.mixer import Carry, SequenceState
 from moejax.models.norm import Norm
 from moejax.models.spec import DenseSpec, LayerSpec, ModelSpec
-from moejax.moe import GatedFFN, MoELayer, MoESpec, RouterContext, Routing
+from moejax.moe import GatedFFN, MoELayer, MoESpec, Parallel, RouterContext, Routing
 
 
 class Block(nnx.Module):
@@ -52,6 +52,7 @@ class Block(nnx.Module):
         context: RouterContext,
         request: Request,
         carry: Carry,
+        parallel: Parallel | None = None,
     ) -> tuple[Array, SequenceState | None, Routing | None, Taps, Carry]:
         """The stream after the block, its state, its routing, taps, and what it `writes`."""
         found, routing, written = taps.collect(request, block_input=x_BxSxD), None, {}
@@ -70,7 +71,7 @@ class Block(nnx.Module):
             normed = self._normed(self.ffn_norm, h_BxSxD)
             if self.moe_norm is not None:
                 normed = self._normed(self.moe_norm, x_BxSxD)
-            y_TxD, routing, routed = self.moe(normed, context, request)
+            y_TxD, routing, routed = self.moe(normed, context, request, parallel)
             out_BxSxD = self._added(out_BxSxD, y_TxD, self.ffn_post_norm)
             found = found.merged(routed)
             found = found.merged(taps.collect(request, ffn_input=normed, ffn_output=y_TxD))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,11 +14,13 @@ from jax import Array
 from moejax import weights
 from moejax.core import Taps, compat, keys, parts
 from moejax.core.taps import NOTHING, Request
+from moejax.mesh import batch_sharding
 from moejax.models.block import Block, run_length, stack, unstack
+from moejax.models.logical import between_uses
 from moejax.models.mixer import Carry
 from moejax.models.norm import Norm
 from moejax.models.spec import ModelSpec
-from moejax.moe import RouterContext, Routing, draw
+from moejax.moe import Parallel, RouterContext, Routing, draw
 
 State = tuple[Any, ...]
 
@@ -96,13 +99,15 @@ def encode(
     key: Array | None = None,
     request: Request = NOTHING,
     dtype: Any = jnp.float32,
+    parallel: Parallel | None = None,
 ) -> Encoding:
     """Hidden states of a text; pure, to be called inside jit on a merged model.
 
     tokens_BxS: int32. mask_BxS: False marks padding: nothing attends to it, no expert sees it.
     positions_BxS: default 0, 1, ... per row. state: from `init_state`, for decoding.
     key: of this step; layers fold in their index. dtype: of activations; weights are cast to it
-    where they are used; routers, norms, softmax and logits stay in float32.
+    where they are used; routers, norms, softmax and logits stay in float32. parallel: the mesh on
+    which `place` has put the model, and the strategy of its routed layers; None for one device.
     """
     mask_BxS = jnp.ones(tokens_BxS.shape, bool) if mask_BxS is None else mask_BxS
     if positions_BxS is None:
@@ -121,7 +126,7 @@ def encode(
             run,
             x_BxSxD,
             None if state is None else state[index],
-            (positions_BxS, mask_BxS, context, request, carry),
+            (positions_BxS, mask_BxS, context, request, carry, parallel),
             layer_keys,
         )
         carry = {**carry, **written}
@@ -176,19 +181,34 @@ def _scan(
     run: Block, x: Array, state: Any, fixed: tuple, layer_keys: Array | None
 ) -> tuple[Array, Any, Any, Taps, Carry]:
     graphdef, stacked = nnx.split(run)
-    positions_BxS, mask_BxS, context, request, carry = fixed
+    positions_BxS, mask_BxS, context, request, carry, parallel = fixed
+    placed = _placed(run, parallel)
 
     def body(x: Array, layer: tuple) -> tuple[Array, tuple]:
         parameters, layer_state, layer_key = layer
+        x, parameters = placed(x, parameters)
         block = nnx.merge(graphdef, parameters)
         inside = dataclasses.replace(context, key=layer_key)
-        x, *rest = block(x, layer_state, positions_BxS, mask_BxS, inside, request, carry)
+        x, *rest = block(x, layer_state, positions_BxS, mask_BxS, inside, request, carry, parallel)
         return x, tuple(rest)
 
     x, (after, routings, found, written) = jax.lax.scan(
         body, x, (stacked, state, layer_keys), length=run_length(run)
     )
     return x, after, routings, found, jax.tree.map(lambda a: a[-1], written)
+
+
+def _placed(run: Block, parallel: Parallel | None) -> Callable[[Array, Any], tuple[Array, Any]]:
+    """Says where the stream and the parameters of one layer lie while the layer runs."""
+    if parallel is None:
+        return lambda x, parameters: (x, parameters)
+    whole = between_uses(run, parallel.rules)
+
+    def place(x_BxSxD: Array, parameters: Any) -> tuple[Array, Any]:
+        rows = batch_sharding(parallel.mesh, x_BxSxD.shape[0])
+        return jax.lax.with_sharding_constraint(x_BxSxD, rows), whole(parameters, parallel.mesh)
+
+    return place
 
 
 def _by_layer(stacked: Any, length: int) -> list[Any]:

@@ -47,9 +47,12 @@ from moejax.moe.activations import (
     ScaledInput,
     SiLU,
 )
-from moejax.moe.experts import GatedExperts, GatedFFN, draw
+from moejax.moe.experts import BANK_LOGICAL, GatedExperts, GatedFFN, draw
 from moejax.moe.shared import SharedGate, SigmoidSharedGate
 from moejax.moe.layer import Fixed, MoELayer, MoESpec, SlotSpec, rule_tables
+
+# On a mesh
+from moejax.moe.parallel import Local, PaddedAllToAll, Parallel, Strategy
 
 # Losses
 from moejax.moe.losses import (
@@ -61,6 +64,11 @@ from moejax.moe.losses import (
 )
 
 __all__ = [
+    "BANK_LOGICAL",
+    "Local",
+    "PaddedAllToAll",
+    "Parallel",
+    "Strategy",
     "GELU",
     "Activation",
     "AttentionImportance",

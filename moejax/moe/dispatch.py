@@ -53,7 +53,17 @@ class Plan(Protocol):
 
 @runtime_checkable
 class Dispatch(Protocol):
-    """Makes a plan from a routing, with `expert_A` already mapped to stored experts."""
+    """Makes a plan from a routing, with `expert_A` already mapped to stored experts.
+
+    turns: whether all first choices come before any second one; else tokens come in their order.
+    """
+
+    @property
+    def turns(self) -> bool: ...
+
+    def room(self, assignments: int, experts: int) -> int | None:
+        """Rows of one expert where so many assignments are made; None for as many as it gets."""
+        ...
 
     def plan(self, routing: Routing, expert_A: Array, experts: int) -> Plan: ...
 
@@ -135,6 +145,11 @@ class DensePlan:
 class Dense:
     """All experts on all tokens: the oracle."""
 
+    turns = False
+
+    def room(self, assignments: int, experts: int) -> None:
+        return None
+
     def plan(self, routing: Routing, expert_A: Array, experts: int) -> DensePlan:
         gate_A = jnp.where(routing.valid_A, routing.gate_A, 0.0)
         empty_TxE = jnp.zeros((routing.tokens, experts), jnp.float32)
@@ -149,6 +164,11 @@ class Dense:
 @spec
 class Dropless:
     """Every assignment gets a row: one sort, R = A (arXiv:2211.15841 without its blocks)."""
+
+    turns = False
+
+    def room(self, assignments: int, experts: int) -> None:
+        return None
 
     def plan(self, routing: Routing, expert_A: Array, experts: int) -> SortedPlan:
         order = sort_by_expert(expert_A, experts, valid_A=routing.valid_A)
@@ -173,13 +193,17 @@ class Capacity:
     """At most C = ceil(factor * A / E) rows per expert, in token order; drops are counted."""
 
     factor: float = 1.25
+    turns = False
 
     def check(self) -> None:
         check_that(self.factor > 0, self, "factor", "1.0 fits perfect balance only; try 1.25.")
 
+    def room(self, assignments: int, experts: int) -> int:
+        return min(assignments, math.ceil(self.factor * assignments / experts))
+
     def plan(self, routing: Routing, expert_A: Array, experts: int) -> SortedPlan:
         order = sort_by_expert(expert_A, experts, valid_A=routing.valid_A)
-        C = min(expert_A.size, math.ceil(self.factor * expert_A.size / experts))
+        C = self.room(expert_A.size, experts)
         return _limited(routing, expert_A, C, order)
 
 
@@ -192,15 +216,19 @@ class ChoiceCapacity:
 
     factor: float = 2.0
     least: int = 4
+    turns = True
 
     def check(self) -> None:
         check_that(self.factor > 0, self, "factor", "1.0 fits perfect balance only; try 2.0.")
         check_that(self.least >= 1, self, "least", "An expert needs room for at least one row.")
 
+    def room(self, assignments: int, experts: int) -> int:
+        C = math.floor(self.factor * assignments / experts)
+        return min(assignments, max(C + C % 2, self.least))
+
     def plan(self, routing: Routing, expert_A: Array, experts: int) -> SortedPlan:
         A, K = expert_A.size, routing.per_token or 1
-        C = math.floor(self.factor * A / experts)
-        C = min(A, max(C + C % 2, self.least))
+        C = self.room(A, experts)
         queue_A = jnp.arange(A, dtype=jnp.int32).reshape(-1, K).T.reshape(-1)
         turn_A = jnp.arange(A, dtype=jnp.int32).reshape(K, -1).T.reshape(-1)  # undoes queue_A
         queued = sort_by_expert(expert_A[queue_A], experts, valid_A=routing.valid_A[queue_A])

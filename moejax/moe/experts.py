@@ -9,8 +9,19 @@ from jax import Array
 
 from moejax import weights
 from moejax.core import Taps, compat, parts, taps
+from moejax.core.axes import EMBED, EXPERT, EXPERT_HIDDEN
 from moejax.core.taps import Request
 from moejax.moe.activations import Activation
+
+BANK_LOGICAL: dict[str, tuple[str | None, ...]] = {
+    "gate": (EXPERT, EMBED, EXPERT_HIDDEN),
+    "up": (EXPERT, EMBED, EXPERT_HIDDEN),
+    "down": (EXPERT, EXPERT_HIDDEN, EMBED),
+    "gate_bias": (EXPERT, EXPERT_HIDDEN),
+    "up_bias": (EXPERT, EXPERT_HIDDEN),
+    "down_bias": (EXPERT, None),
+}
+"""The logical axes of what `GatedExperts` holds."""
 
 
 class _Gated(nnx.Module):

@@ -8,15 +8,27 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from moejax.core import Taps, check_that, compat, spec, taps
+from moejax.core import SpecError, Taps, check_that, compat, spec, taps
 from moejax.core.taps import Request
 from moejax.moe.activations import Activation, SiLU
 from moejax.moe.dispatch import Dense, Dispatch, Dropless
 from moejax.moe.experts import GatedExperts, GatedFFN, draw
+from moejax.moe.parallel import Parallel, routed
 from moejax.moe.router import Router, RouterSpec
 from moejax.moe.routing import RouterContext, Routing, SlotMap
 from moejax.moe.rules import RoutingRule
 from moejax.moe.shared import SharedGate
+
+_OF_ROWS = frozenset(
+    {
+        taps.DISPATCH,
+        taps.EXPERT_INPUT,
+        taps.EXPERT_HIDDEN,
+        taps.EXPERT_OUTPUT,
+        taps.ALL_HIDDEN,
+        taps.ALL_OUTPUT,
+    }
+)
 
 
 class Fixed(nnx.Variable):
@@ -100,8 +112,16 @@ class MoELayer(nnx.Module):
         self.rules = nnx.List([rule_tables(rule.init()) for rule in spec.rules])
 
     def __call__(
-        self, x_TxD: Array, context: RouterContext, request: Request
+        self,
+        x_TxD: Array,
+        context: RouterContext,
+        request: Request,
+        parallel: Parallel | None = None,
     ) -> tuple[Array, Routing, Taps]:
+        """y_TxD, the routing, taps. parallel: the mesh and the strategy on it; None for one device.
+
+        Raises SpecError where a mesh is to tell what happened to single rows.
+        """
         routing = self.router(x_TxD, context)
         for rule, held in zip(self.spec.rules, self.rules, strict=True):
             tables = {name: compat.read(variable) for name, variable in held.items()}
@@ -110,16 +130,49 @@ class MoELayer(nnx.Module):
         if self.slots is not None:
             slots = SlotMap(*(compat.read(self.slots[name]) for name in ("slot", "copies")))
             expert_A = slots(routing.expert_A, routing.token_A)
-        plan = self.spec.dispatch.plan(routing, expert_A, self.spec.stored)
-        rows_RxD, found = self.experts(plan.scatter(x_TxD), plan.group_sizes_E, request)
-        y_TxD = plan.gather(rows_RxD)
+        if parallel is None:
+            y_TxD, found = self._on_one_device(x_TxD, routing, expert_A, request)
+        else:
+            y_TxD, found = self._on_mesh(x_TxD, routing, expert_A, request, parallel)
         if self.shared is not None:
             shared_TxD, hidden_TxF = self.shared_output(x_TxD)
             y_TxD = y_TxD + shared_TxD
             found = found.merged(taps.collect(request, shared_hidden=hidden_TxF))
+        return y_TxD, routing, found.merged(taps.collect(request, routing=routing))
+
+    def _on_one_device(
+        self, x_TxD: Array, routing: Routing, expert_A: Array, request: Request
+    ) -> tuple[Array, Taps]:
+        plan = self.spec.dispatch.plan(routing, expert_A, self.spec.stored)
+        rows_RxD, found = self.experts(plan.scatter(x_TxD), plan.group_sizes_E, request)
         if not request.isdisjoint({taps.ALL_HIDDEN, taps.ALL_OUTPUT}):
             found = found.merged(self._on_all(x_TxD, routing, request))
-        return y_TxD, routing, found.merged(taps.collect(request, routing=routing, dispatch=plan))
+        seen = taps.collect(request, dispatch=plan, dropped=plan.dropped)
+        return plan.gather(rows_RxD), found.merged(seen)
+
+    def _on_mesh(
+        self,
+        x_TxD: Array,
+        routing: Routing,
+        expert_A: Array,
+        request: Request,
+        parallel: Parallel,
+    ) -> tuple[Array, Taps]:
+        if asked := sorted(request & _OF_ROWS):
+            raise SpecError(
+                f"taps {', '.join(asked)} are of single rows, which lie on many devices.",
+                "Ask for them without a mesh.",
+            )
+        y_TxD, dropped = routed(
+            parallel,
+            self.experts,
+            self.spec.dispatch,
+            x_TxD,
+            routing,
+            expert_A,
+            self.spec.stored,
+        )
+        return y_TxD, taps.collect(request, dropped=dropped)
 
     def shared_output(self, x_TxD: Array) -> tuple[Array, Array]:
         """What the shared experts add to a token, weighed, and their hidden_TxF."""

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from moejax_kernels.permute import reference, xla
+from moejax_kernels.platforms import alike
 
 BACKENDS = {"reference": reference, "xla": xla}
 
@@ -30,7 +31,7 @@ def permute(
     if x_TxD.ndim != 2 or tokens == 0 or row_A.size % tokens or row_A.size == 0:
         raise ValueError(f"x {x_TxD.shape} must be [T, D], and row {row_A.shape} [T * K].")
     _check_indices(assignment_R, row_A)
-    return _backend(backend).permute(x_TxD, assignment_R, row_A)
+    return _backend(backend).permute(*alike(x_TxD, assignment_R, row_A))
 
 
 @jax.named_scope("dispatch")
@@ -56,7 +57,7 @@ def unpermute(
     if assignment_R.shape != rows_RxD.shape[:1]:
         raise ValueError(f"assignment {assignment_R.shape} must be [R] = {rows_RxD.shape[:1]}.")
     _check_indices(assignment_R, row_A)
-    return _backend(backend).unpermute(rows_RxD, gate_TxK, assignment_R, row_A)
+    return _backend(backend).unpermute(*alike(rows_RxD, gate_TxK, assignment_R, row_A))
 
 
 def _check_indices(*lists: Array) -> None:
