@@ -63,7 +63,7 @@ from moejax_kernels.aot.program import parse_program
 from moejax_kernels.aot.report import Report
 from moejax_kernels.aot.roofline import Part, Roofline, roofline
 from moejax_kernels.aot.schedule import Schedule, parse
-from moejax_kernels.aot.topology import Topology, parse_topology
+from moejax_kernels.aot.topology import Topology, memory_wanted, parse_topology
 from moejax_kernels.aot.traffic import Transfer, summed, transfers
 from moejax_kernels.aot.work import Work, work_by_part
 
@@ -88,6 +88,7 @@ __all__ = [
     "compiler_version",
     "cost",
     "least_bytes",
+    "memory_wanted",
     "parse",
     "parse_program",
     "parse_topology",

@@ -78,3 +78,16 @@ def parse_topology(name: str) -> Topology:
         )
     devices = math.prod(sizes) * (2 if chip is TPU7X else 1)
     return Topology(name, chip, name, devices)
+
+
+_WANTED = re.compile(r"[Uu]sed ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm")
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def memory_wanted(refusal: str) -> float | None:
+    """HBM bytes of a device that a program wants, from the words in which the compiler refuses it.
+
+    None where memory was not the reason.
+    """
+    found = _WANTED.search(refusal)
+    return float(found[1]) * _UNITS[found[2]] if found else None
