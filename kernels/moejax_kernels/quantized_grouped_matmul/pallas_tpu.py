@@ -21,13 +21,13 @@ from functools import partial, reduce
 from operator import add
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from moejax_kernels.grouped_matmul.pallas_tpu import like
 from moejax_kernels.grouped_matmul.xla import locate
 from moejax_kernels.quantized_grouped_matmul import planes
 from moejax_kernels.quantized_grouped_matmul.layout import WORD
@@ -242,7 +242,7 @@ def _call(x: Operand, leaves: Leaves, steps: Steps, bits, tiles, rows, out_dtype
     wide = jnp.float32 if x.values.dtype == jnp.bfloat16 else jnp.int32
     return pl.pallas_call(
         partial(_kernel, bits=bits, tiles=tiles, stacked=stacked),
-        out_shape=jax.ShapeDtypeStruct((rows, columns), out_dtype),
+        out_shape=like(x.values, (rows, columns), out_dtype),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
             grid=(jnp.maximum(steps.count, 1), columns // tiles.columns),
