@@ -18,7 +18,7 @@ from flax import nnx
 
 from moejax import weights
 from moejax.checkpoint.migrate import VERSION, migrated
-from moejax.core import CheckpointError, RunError, from_json, to_json
+from moejax.core import CheckpointError, RunError, from_json, processes, to_json
 from moejax.core.atomic import read_json, write_json
 from moejax.files import (
     check_finite,
@@ -129,9 +129,12 @@ def load_model(
 
 
 def on_host(model: DecoderLM) -> DecoderLM:
-    """The model with NumPy leaves, of which layers and experts are views and no copies."""
+    """The model with NumPy leaves, of which layers and experts are views and no copies.
+
+    Of a model on a mesh, every process gets all of it; they call this together.
+    """
     graphdef, state = nnx.split(model)
-    return nnx.merge(graphdef, jax.tree.map(np.asarray, state))
+    return nnx.merge(graphdef, jax.tree.map(np.asarray, processes.fetch(state)))
 
 
 def load_spec(folder: Path | str) -> ModelSpec:

@@ -18,6 +18,10 @@ _METRIC = "metric"
 class TrainCheckpoints:
     """Training states by step in one folder: the last `keep_last`, and the best `keep_best`.
 
+    Every process of a run makes one of the same folder and calls the same methods; each writes and
+    reads the parts of arrays that its devices hold. What is saved does not depend on the mesh: it
+    is restored on any other, and under any strategy.
+
     A save copies the arrays off the device and returns; they are written in the background, under
     a temporary name until all of them are there. Whatever moment the process is killed at, the
     newest complete checkpoint can be restored. What a killed process left half-written is removed

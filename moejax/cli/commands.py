@@ -3,20 +3,35 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
+POD = "pod"
 
-def run(options: argparse.Namespace) -> None:
+
+def run(options: argparse.Namespace) -> int | None:
     """`moejax run FILE`: builds the job and runs it in its folder."""
     from moejax.cli.folders import run_folder
 
     out = Path(options.out) if options.out else run_folder(options.file)
     print(f"moejax run {options.file} -> {out}", flush=True)
 
+    if isinstance(options.processes, int):
+        from moejax.mesh.launcher import launch
+
+        sets = [word for binding in options.bindings for word in ("--set", binding)]
+        words = ["run", options.file, "--out", str(out), *sets, *["--debug"] * options.debug]
+        return launch([sys.executable, "-m", "moejax", *words], options.processes)
+
+    from moejax.mesh.processes import start
+
+    start(pod=options.processes == POD)
+
     from moejax.cli.execute import execute
     from moejax.config import load_config
 
     execute(load_config(options.file, options.bindings), out, options.words)
+    return None
 
 
 def plan(options: argparse.Namespace) -> None:

@@ -10,14 +10,15 @@ import sys
 import threading
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
 import jax
 
 from moejax.config import Config
-from moejax.core.errors import MoejaxError
+from moejax.core import processes
+from moejax.core.errors import ConfigError, MoejaxError
 from moejax.files import cache_root
 from moejax.runs import RunFolder
 
@@ -32,13 +33,23 @@ def execute(config: Config, out: Path, command: Sequence[str]) -> RunFolder:
     """Runs the job of `config` in the folder `out`, new or of the same run, and marks its end.
 
     What the job prints goes to log.txt too. run.json ends as finished, failed or interrupted; an
-    error passes on to the caller. RunError when `out` holds another run or cannot be written.
+    error passes on to the caller. RunError when `out` holds another run or cannot be written,
+    ConfigError for a job of one process in one of several. Of several processes only the first
+    writes, but for checkpoints, of which each writes its part.
     """
     job = config.job()
+    if processes.count() > 1 and not getattr(job, "in_processes", False):
+        raise ConfigError(
+            f"{type(job).__name__} runs in one process, and this is one of {processes.count()}.",
+            "Start it once, without --processes.",
+        )
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(cache_root() / "compiled"))
-    folder = RunFolder.create(out, type(job).__name__, config.text, list(command))
-    with folder, _logged(folder.log_path), _ended_by_sigterm():
+    made = processes.on_first(
+        lambda: RunFolder.create(out, type(job).__name__, config.text, list(command))
+    )
+    folder = made or RunFolder.join(out)
+    with folder, _logged(folder) if folder.writes else _silent(), _ended_by_sigterm():
         try:
             job.run(folder)
         except MoejaxError as error:
@@ -48,8 +59,11 @@ def execute(config: Config, out: Path, command: Sequence[str]) -> RunFolder:
 
 @contextmanager
 def _ended_by_sigterm() -> Iterator[None]:
-    """SIGTERM raises Terminated, unless the job installs a handler of its own."""
-    if threading.current_thread() is not threading.main_thread():
+    """SIGTERM raises Terminated, unless the job installs a handler of its own.
+
+    Of several processes JAX has one installed, by which the job stops all of them together.
+    """
+    if threading.current_thread() is not threading.main_thread() or processes.count() > 1:
         yield
         return
 
@@ -64,9 +78,16 @@ def _ended_by_sigterm() -> Iterator[None]:
 
 
 @contextmanager
-def _logged(path: Path) -> Iterator[None]:
+def _silent() -> Iterator[None]:
+    """Prints nothing but errors: another process says what there is to say."""
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere):
+        yield
+
+
+@contextmanager
+def _logged(folder: RunFolder) -> Iterator[None]:
     """Copies what is printed to the log, and the traceback of what goes wrong."""
-    with path.open("a", encoding="utf-8", errors="replace", buffering=1) as log:
+    with folder.log_path.open("a", encoding="utf-8", errors="replace", buffering=1) as log:
         streams = sys.stdout, sys.stderr
         copies = [_Copied(stream, log) for stream in streams]
         sys.stdout, sys.stderr = copies

@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     choose_platform(os.environ)
     one_blas_thread(os.environ)
     try:
-        options.command(options)
+        return options.command(options) or 0
     except KeyboardInterrupt as stop:
         print(f"moejax: interrupted.{options.after_stop}", file=sys.stderr)
         return getattr(stop, "status", 130)
@@ -61,6 +61,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     return 0
+
+
+def _processes(text: str) -> int | str:
+    if text != commands.POD and (not text.isdigit() or int(text) < 1):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number from 1 nor {commands.POD}")
+    return text if text == commands.POD else int(text)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -92,6 +98,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="the run folder (default: runs/ and the name of FILE); a folder that holds the same "
         "run is taken up where it stopped",
+    )
+    run.add_argument(
+        "--processes",
+        metavar="N",
+        type=_processes,
+        help="train in N processes of this machine, or, as `pod`, together with the other hosts of "
+        "this TPU slice; see docs/multi_host.md",
     )
     run.set_defaults(
         command=commands.run, after_stop=" The same command takes the run up where it stopped."

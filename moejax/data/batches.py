@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -53,8 +53,13 @@ class Batches:
         mixture: Mapping[str, float] | None = None,
         seed: int = 0,
         split: Split = "train",
+        rows: Sequence[int] | None = None,
     ):
         """batch: rows B. length: tokens S that a row predicts. mixture: shares, equal when None.
+
+        rows: the rows of each batch that are read here, in ascending order, None for all. What is
+        in a row depends on no such choice, nor does the position: processes that read different
+        rows of one batch stay together.
 
         Raises DataError if shares do not sum to 1, a group holds less than its rows of one batch,
         or the store holds another split than `split`.
@@ -71,6 +76,7 @@ class Batches:
             )
         shares = _checked_mixture(store, mixture)
         self._store, self._batch, self._length, self._seed = store, batch, length, seed
+        self._rows = np.arange(batch) if rows is None else np.asarray(rows, np.int64)
         self.groups: tuple[str, ...] = tuple(shares)
         self._cumulative = np.cumsum(list(shares.values()))[:-1]
         self._windows = {g: store.facts[g].tokens // length - 1 for g in shares}
@@ -90,13 +96,15 @@ class Batches:
 
     def __next__(self) -> Batch:
         group_B = self._groups_of_step(self._step)
+        here_B = np.zeros(self._batch, bool)
+        here_B[self._rows] = True
         tokens_BxS1 = np.empty((self._batch, self._length + 1), np.int32)
         for index, group in enumerate(self.groups):
             rows = np.flatnonzero(group_B == index)
             if len(rows):
-                tokens_BxS1[rows] = self._sequences(group, len(rows))
+                tokens_BxS1[rows[here_B[rows]]] = self._sequences(group, here_B[rows])
         self._step += 1
-        return Batch(tokens_BxS1, group_B)
+        return Batch(tokens_BxS1[self._rows], group_B[self._rows])
 
     def state(self) -> dict[str, Any]:
         """The position before the next batch, as JSON-ready data."""
@@ -134,12 +142,12 @@ class Batches:
         group_B = np.searchsorted(self._cumulative, points, side="right").astype(np.int32)
         return group_B[_permutation(self._batch, self._seed, step)]
 
-    def _sequences(self, group: str, count: int) -> np.ndarray:
-        """The next `count` sequences of a group, int32 [count, S + 1]."""
+    def _sequences(self, group: str, here_N: np.ndarray) -> np.ndarray:
+        """The next N sequences of a group, int32 [sum(here), S + 1]: those that are read here."""
         windows = self._windows[group]
-        read = self._rows_read[group] + np.arange(count)
-        self._rows_read[group] += count
-        starts = np.empty(count, np.int64)
+        read = self._rows_read[group] + np.flatnonzero(here_N)
+        self._rows_read[group] += len(here_N)
+        starts = np.empty(len(read), np.int64)
         for epoch in np.unique(read // windows):
             here = read // windows == epoch
             order, offset = self._epoch(group, int(epoch))

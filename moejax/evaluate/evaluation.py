@@ -11,11 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from moejax.core import ConfigError, DataError, MoejaxError
+from moejax.core import ConfigError, DataError, MoejaxError, processes
 from moejax.data import EvalBatch
 from moejax.evaluate.scores import Scores, domain_score, pooled, window_sums
 from moejax.evaluate.token_scores import compare, predict, score
 from moejax.models import DecoderLM
+from moejax.moe import Parallel
 from moejax.runs import Progress
 
 
@@ -27,12 +28,14 @@ def evaluate(
     group_bytes: Mapping[str, int],
     dtype: Any = jnp.float32,
     progress: Progress | None = None,
+    parallel: Parallel | None = None,
 ) -> dict[str, Scores]:
     """Scores of every arm on the same text, read once.
 
     models: arm -> model. base: arm -> the arm it is compared with, None or absent for none.
     group_bytes: bytes of each group's text. dtype: of activations. progress: advances by one per
-    batch and arm.
+    batch and arm. parallel: the mesh on which all models lie, and their strategy; None for one
+    device. Several processes call this together with the same text and get the same scores.
 
     A row of a batch is a window. Its sums are taken on the device, and of the logits nothing else
     outlives the batch; within it, those of arms that others are compared with are kept. Results do
@@ -45,7 +48,7 @@ def evaluate(
     finite.
     """
     _check_arms(models, base)
-    arms = {name: _Arm(name, model, base.get(name)) for name, model in models.items()}
+    arms = {name: _Arm(name, model, base.get(name), parallel) for name, model in models.items()}
     compared = [name for name in models if name in base.values()]
     order = compared + [name for name in models if name not in compared]
     for number, batch in enumerate(batches):
@@ -63,8 +66,9 @@ def evaluate(
 class _Arm:
     """A model and what is known of it so far."""
 
-    def __init__(self, name: str, model: DecoderLM, base: str | None):
+    def __init__(self, name: str, model: DecoderLM, base: str | None, parallel: Parallel | None):
         self.name, self.base, self.vocab = name, base, model.spec.vocab
+        self.parallel = parallel
         self.graphdef, self.state = nnx.split(model)
         self.sums: dict[str, dict[str, list[np.ndarray]]] = {}
         self.assignments: dict[str, tuple[np.ndarray | None, ...]] = {}
@@ -73,9 +77,10 @@ class _Arm:
 
     def logits(self, batch: EvalBatch, dtype: Any) -> jax.Array:
         start = time.perf_counter()
-        logits, counts = predict(self.graphdef, self.state, batch.tokens_BxS, batch.mask_BxS, dtype)
+        text = batch.tokens_BxS, batch.mask_BxS
+        logits, counts = predict(self.graphdef, self.state, *text, dtype, self.parallel)
         logits.block_until_ready()
-        fresh = tuple(c if c is None else np.asarray(c, np.int64) for c in counts)
+        fresh = tuple(c if c is None else np.asarray(c, np.int64) for c in processes.fetch(counts))
         before = self.assignments.get(batch.group)
         self.assignments[batch.group] = fresh if before is None else _added(before, fresh)
         self.spent = time.perf_counter() - start
@@ -86,10 +91,10 @@ class _Arm:
     ) -> None:
         start = time.perf_counter()
         if base is None:
-            found = score(logits, batch.targets_BxS, batch.mask_BxS)
+            found = score(logits, batch.targets_BxS, batch.mask_BxS, self.parallel)
         else:
-            found = compare(base, logits, batch.targets_BxS, batch.mask_BxS)
-        sums = {name: np.asarray(v, np.float64) for name, v in jax.device_get(found).items()}
+            found = compare(base, logits, batch.targets_BxS, batch.mask_BxS, self.parallel)
+        sums = {name: np.asarray(v, np.float64) for name, v in processes.fetch(found).items()}
         seconds = self.spent + time.perf_counter() - start
         for name, value_B in sums.items():
             bad = np.flatnonzero(~np.isfinite(value_B))

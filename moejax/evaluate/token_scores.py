@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -11,11 +12,18 @@ from flax import nnx
 from jax import Array
 
 from moejax import models
+from moejax.mesh import batch_sharding
+from moejax.moe import Parallel
 
 
-@partial(jax.jit, static_argnames=("graphdef", "dtype"))
+@partial(jax.jit, static_argnames=("graphdef", "dtype", "parallel"))
 def predict(
-    graphdef: Any, state: Any, tokens_BxS: Array, mask_BxS: Array, dtype: Any
+    graphdef: Any,
+    state: Any,
+    tokens_BxS: Array,
+    mask_BxS: Array,
+    dtype: Any,
+    parallel: Parallel | None = None,
 ) -> tuple[Array, tuple[Array | None, ...]]:
     """Logits float32 [B, S, V], and valid assignments per router expert, float32 [E] per layer.
 
@@ -23,24 +31,30 @@ def predict(
     and weights get logits that are equal to the bit.
     """
     model = nnx.merge(graphdef, state)
-    output = models.forward(model, tokens_BxS, mask_BxS=mask_BxS, dtype=dtype)
+    output = models.forward(model, tokens_BxS, mask_BxS=mask_BxS, dtype=dtype, parallel=parallel)
     return output.logits_BxSxV, tuple(r if r is None else r.counts_E() for r in output.routings)
 
 
-@jax.jit
-def score(logits_BxSxV: Array, targets_BxS: Array, mask_BxS: Array) -> dict[str, Array]:
+@partial(jax.jit, static_argnames="parallel")
+def score(
+    logits_BxSxV: Array, targets_BxS: Array, mask_BxS: Array, parallel: Parallel | None = None
+) -> dict[str, Array]:
     """Per window [B]: `nll`, the sum of -log p(target) over its valid tokens, in nats."""
 
     def one(window: tuple[Array, Array, Array]) -> dict[str, Array]:
         logits_SxV, targets_S, mask_S = window
         return {"nll": _sum(_nll(log_probabilities(logits_SxV), targets_S), mask_S)}
 
-    return jax.lax.map(one, (logits_BxSxV, targets_BxS, mask_BxS))
+    return _by_window(one, parallel, logits_BxSxV, targets_BxS, mask_BxS)
 
 
-@jax.jit
+@partial(jax.jit, static_argnames="parallel")
 def compare(
-    base_BxSxV: Array, logits_BxSxV: Array, targets_BxS: Array, mask_BxS: Array
+    base_BxSxV: Array,
+    logits_BxSxV: Array,
+    targets_BxS: Array,
+    mask_BxS: Array,
+    parallel: Parallel | None = None,
 ) -> dict[str, Array]:
     """Per window [B], sums over its valid tokens.
 
@@ -61,7 +75,21 @@ def compare(
         }
         return {name: _sum(value_S, mask_S) for name, value_S in values.items()}
 
-    return jax.lax.map(one, (base_BxSxV, logits_BxSxV, targets_BxS, mask_BxS))
+    return _by_window(one, parallel, base_BxSxV, logits_BxSxV, targets_BxS, mask_BxS)
+
+
+def _by_window(one: Callable[[Any], Any], parallel: Parallel | None, *arrays_Bx: Array) -> Any:
+    """`one` of each window, one at a time; on a mesh each device does its own."""
+    if parallel is None:
+        return jax.lax.map(one, arrays_Bx)
+    rows = batch_sharding(parallel.mesh, arrays_Bx[0].shape[0]).spec
+    own = jax.shard_map(
+        lambda *arrays: jax.lax.map(one, arrays),
+        mesh=parallel.mesh,
+        in_specs=(rows,) * len(arrays_Bx),
+        out_specs=rows,
+    )
+    return own(*arrays_Bx)
 
 
 def log_probabilities(logits: Array) -> Array:

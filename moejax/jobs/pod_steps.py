@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -16,10 +15,10 @@ from jax.sharding import PartitionSpec as P
 from moejax.compress import Step
 from moejax.core import check_that, spec
 from moejax.mesh import batch_axes, batch_sharding
-from moejax.models import Greedy, ModelSpec, abstract_model, init_state, partition, place
+from moejax.models import Greedy, KeepNothing, ModelSpec, Remat, abstract_model, init_state, place
 from moejax.models.generate import decode, prefill
 from moejax.moe import Parallel, RouterLoss
-from moejax.train import AdamW, Optimizer, TrainState, train_step
+from moejax.train import AdamW, Optimizer, outline_on_mesh, train_step
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 Shapes = Any
@@ -59,8 +58,8 @@ class PodStep(Protocol):
 class PodTrainStep:
     """A training step of `batch` rows of `length` tokens, as `moejax run` takes it.
 
-    accumulate: micro-batches per step. optimizer, losses, compute_dtype: as of `Train`; parameters
-    and optimizer state are float32.
+    accumulate: micro-batches per step. optimizer, losses, compute_dtype, remat: as of `Train`;
+    parameters are float32.
     """
 
     batch: int
@@ -69,6 +68,7 @@ class PodTrainStep:
     optimizer: Optimizer = AdamW()
     losses: tuple[RouterLoss, ...] = ()
     compute_dtype: str = "bfloat16"
+    remat: Remat | None = KeepNothing()
     name = "train"
 
     def check(self) -> None:
@@ -79,13 +79,8 @@ class PodTrainStep:
         _check_dtype(self, "compute_dtype")
 
     def program(self, model: ModelSpec, parallel: Parallel) -> StepProgram:
-        steps = 1000  # of the schedule, which no shape depends on
-        structure, trainable, frozen = partition(
-            place(abstract_model(model), parallel.mesh, parallel.rules)
-        )
-        memory = optimizer_shapes(self.optimizer.transformation(steps), trainable, parallel)
-        first = _whole((), jnp.int32, parallel)
-        state = TrainState(first, trainable, frozen, memory)
+        steps = 1000  # of the schedule, on which no shape depends
+        structure, state, placement = outline_on_mesh(model, self.optimizer, steps, parallel)
         step = train_step(
             structure,
             self.optimizer,
@@ -93,10 +88,14 @@ class PodTrainStep:
             losses=self.losses,
             accumulate=self.accumulate,
             dtype=DTYPES[self.compute_dtype],
-            parallel=parallel,
+            remat=self.remat,
+            placement=placement,
         )
         tokens = _rows((self.batch, self.length + 1), jnp.int32, parallel)
-        held = {"parameters": (trainable, frozen), "optimizer": memory}
+        held = {
+            "parameters": (state.trainable, state.frozen),
+            "optimizer": state.optimizer,
+        }
         return StepProgram(step, (state, tokens), held, self.batch * self.length, True)
 
 
@@ -179,25 +178,6 @@ def serving(
     return graphdef, parameters, jax.tree.map(led_by_layers, state)
 
 
-def optimizer_shapes(
-    transformation: optax.GradientTransformation, trainable: dict[str, Any], parallel: Parallel
-) -> Shapes:
-    """The state of an optimizer: what has a parameter's shape lies where the parameter lies."""
-    memory = jax.eval_shape(transformation.init, trainable)
-
-    def like(leaf: Any, parameter: Any) -> Any:
-        same = leaf.shape == parameter.shape
-        sharding = parameter.sharding if same else NamedSharding(parallel.mesh, P())
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-    def whole(leaf: Any) -> Any:
-        return _whole(leaf.shape, leaf.dtype, parallel)
-
-    return optax.tree_utils.tree_map_params(
-        transformation, like, memory, trainable, transform_non_params=whole
-    )
-
-
 def bytes_on_device(shapes: Shapes) -> int:
     """Bytes of one device that arrays of these shapes and shardings take."""
     total = 0
@@ -215,10 +195,6 @@ def _itemsize(dtype: Any) -> int:
 def _rows(shape: tuple[int, ...], dtype: Any, parallel: Parallel) -> Any:
     """A batch of rows, cut over the devices that rows are cut over."""
     return jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(parallel.mesh, shape[0]))
-
-
-def _whole(shape: Sequence[int], dtype: Any, parallel: Parallel) -> Any:
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(parallel.mesh, P()))
 
 
 def _check_dtype(owner: Any, field: str) -> None:

@@ -3,23 +3,44 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 from flax import nnx
 
 from moejax import weights
-from moejax.checkpoint import Manifest, TrainCheckpoints, load_model, save_model, stored_bytes
-from moejax.core import check_that, spec
-from moejax.data import Batches, Corpus, Tokenizer, tokenize_corpus
+from moejax.checkpoint import (
+    Manifest,
+    TrainCheckpoints,
+    load_model,
+    on_host,
+    save_model,
+    stored_bytes,
+)
+from moejax.core import SpecError, check_that, processes, spec
+from moejax.data import Batches, Corpus, Tokenizer, TokenStore, tokenize_corpus
 from moejax.evaluate import Scores, evaluate, specialisation
+from moejax.jobs.on_mesh import OnMesh
 from moejax.jobs.plan import Plan, model_table
-from moejax.models import DecoderLM, ModelSpec, combine, count_parameters, flops_per_token
-from moejax.moe import RouterLoss
+from moejax.models import (
+    DecoderLM,
+    ModelSpec,
+    Remat,
+    Structure,
+    combine,
+    count_parameters,
+    flops_per_token,
+    parameters,
+    place,
+    retyped,
+    with_parameters,
+)
+from moejax.moe import Parallel, RouterLoss
 from moejax.runs import (
     ArmResult,
     Metrics,
+    NoMetrics,
     RunFolder,
     StudyResult,
     TensorBoard,
@@ -28,7 +49,18 @@ from moejax.runs import (
     progress,
 )
 from moejax.runs.metrics import BITS_PER_BYTE
-from moejax.train import AdamW, Optimizer, Schedule, start, train, train_step
+from moejax.train import (
+    AdamW,
+    MeshBatches,
+    Optimizer,
+    Placement,
+    Schedule,
+    TrainState,
+    start,
+    start_on_mesh,
+    train,
+    train_step,
+)
 from moejax.train.validation import ValidationText, validation_text
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -60,8 +92,15 @@ class Train:
     log_every, evaluate_every, checkpoint_every: in steps; 0 for at the end only.
     evaluate_bytes: text of the valid split per group. evaluators: further model -> {name: number}.
 
-    A run folder that holds an unfinished run of the same config is resumed where it stopped.
+    remat: what the backward pass computes again, None for nothing. on: the mesh to run on, None for
+    one device.
+
+    A run folder that holds an unfinished run of the same config is resumed where it stopped. In
+    several processes each reads its own rows of every batch, the first one writes the run folder,
+    and each writes its part of the checkpoints into the same folder, which all must reach.
     """
+
+    in_processes: ClassVar[bool] = True
 
     model: ModelSpec
     corpus: Corpus
@@ -84,6 +123,8 @@ class Train:
     keep_best: int = 0
     trackers: tuple[TrackerSource, ...] = ()
     evaluators: tuple[Callable[[DecoderLM], Mapping[str, float]], ...] = ()
+    remat: Remat | None = None
+    on: OnMesh | None = None
 
     def check(self) -> None:
         for field in ("steps", "batch", "length", "accumulate", "log_every", "keep_last"):
@@ -126,13 +167,11 @@ class Train:
     def run(self, folder: RunFolder) -> None:
         """Trains, or resumes, in `folder`; leaves `model/` and `results.json` there."""
         began = time.monotonic()
+        parallel = self._parallel()
         store = tokenize_corpus(self.corpus, self.tokenizer, "train")
-        mixture = None if self.mixture is None else dict(self.mixture)
-        batches = Batches(store, self.batch, self.length, mixture, self.seed)
+        batches = self._batches(store, parallel)
         text = self._validation_text()
-        structure, state = start(
-            DecoderLM(self.model, rngs=nnx.Rngs(self.seed)), self.optimizer, self.steps
-        )
+        structure, state, placement = self._start(parallel)
         step = train_step(
             structure,
             self.optimizer,
@@ -141,11 +180,12 @@ class Train:
             accumulate=self.accumulate,
             dtype=DTYPES[self.compute_dtype],
             seed=self.seed,
+            remat=self.remat,
+            placement=placement,
         )
         schedule = Schedule(self.steps, self.log_every, self.evaluate_every, self.checkpoint_every)
-        trackers = [source(folder) for source in self.trackers]
         with (
-            Metrics(folder, trackers) as metrics,
+            self._metrics(folder) as metrics,
             TrainCheckpoints(folder.checkpoints, self.keep_last, self.keep_best) as checkpoints,
         ):
             state = train(
@@ -156,26 +196,81 @@ class Train:
                 schedule,
                 metrics=metrics,
                 checkpoints=checkpoints,
-                evaluators=(lambda model: self._bits_per_byte(model, text), *self.evaluators),
+                evaluators=(
+                    lambda model: self._bits_per_byte(model, text, parallel),
+                    *self.evaluators,
+                ),
             )
-        trained = combine(structure, state.trainable, state.frozen)
-        self.tokenizer.save(folder.model / "tokenizer.json")
-        manifest = save_model(
-            folder.model, trained, dtype=DTYPES[self.save_dtype], facts=self._facts(batches)
-        )
+        whole = on_host(combine(structure, state.trainable, state.frozen))
+        manifest = self._save(folder, whole, batches)
         # What is scored is what was saved, read back.
-        scores = self._scores(load_model(folder.model), text)
+        scores = self._scores(self._read_back(folder, whole, parallel), text, parallel)
+        if manifest is None:  # another process writes
+            return
         result = self._result(folder, manifest, scores, text, time.monotonic() - began)
         result.save(folder.results_path)
         domains = ", ".join(f"{d.group} {d.bits_per_byte:.3f}" for d in scores.domains)
         print(f"bits per byte on {self.evaluate_bytes} bytes per group (valid): {domains}")
         print(f"model: {folder.model}")
 
+    def _parallel(self) -> Parallel | None:
+        """The mesh. Several processes need one, over the devices of all of them."""
+        if self.on is None and processes.count() > 1:
+            raise SpecError(
+                f"Train.on is None, but there are {processes.count()} processes.",
+                "Give a mesh, such as Train.on = @OnMesh() with MeshSpec.data = -1.",
+                field="on",
+            )
+        return None if self.on is None else self.on.build()
+
+    def _batches(self, store: TokenStore, parallel: Parallel | None) -> Batches | MeshBatches:
+        mixture = None if self.mixture is None else dict(self.mixture)
+
+        def make(rows: Sequence[int] | None = None) -> Batches:
+            return Batches(store, self.batch, self.length, mixture, self.seed, rows=rows)
+
+        return make() if parallel is None else MeshBatches(make, self.batch, parallel)
+
+    def _start(self, parallel: Parallel | None) -> tuple[Structure, TrainState, Placement | None]:
+        if parallel is not None:
+            return start_on_mesh(self.model, self.seed, self.optimizer, self.steps, parallel)
+        model = DecoderLM(self.model, rngs=nnx.Rngs(self.seed))
+        return *start(model, self.optimizer, self.steps), None
+
+    def _metrics(self, folder: RunFolder) -> Metrics:
+        if not folder.writes:
+            return NoMetrics()
+        return Metrics(folder, [source(folder) for source in self.trackers])
+
+    def _save(
+        self, folder: RunFolder, whole: DecoderLM, batches: Batches | MeshBatches
+    ) -> Manifest | None:
+        """The manifest of the saved model, where this process writes it."""
+
+        def write() -> Manifest:
+            self.tokenizer.save(folder.model / "tokenizer.json")
+            return save_model(
+                folder.model, whole, dtype=DTYPES[self.save_dtype], facts=self._facts(batches)
+            )
+
+        return processes.on_first(write)
+
+    def _read_back(
+        self, folder: RunFolder, whole: DecoderLM, parallel: Parallel | None
+    ) -> DecoderLM:
+        """The saved model, where it is scored; rounded as it was where not all reach the folder."""
+        if processes.count() == 1:
+            model = load_model(folder.model)
+        else:
+            saved = retyped(parameters(whole), DTYPES[self.save_dtype])
+            model = with_parameters(whole.spec, retyped(saved, jnp.float32))
+        return model if parallel is None else place(model, parallel.mesh, parallel.rules)
+
     def _validation_text(self) -> ValidationText:
         store = tokenize_corpus(self.corpus, self.tokenizer, "valid")
         return validation_text(store, self.tokenizer, self.evaluate_bytes, self.length, self.batch)
 
-    def _scores(self, model: DecoderLM, text: ValidationText) -> Scores:
+    def _scores(self, model: DecoderLM, text: ValidationText, parallel: Parallel | None) -> Scores:
         with progress(len(text.batches), "evaluate", "batches") as bar:
             found = evaluate(
                 {ARM: model},
@@ -184,15 +279,18 @@ class Train:
                 group_bytes=text.group_bytes,
                 dtype=DTYPES[self.compute_dtype],
                 progress=bar,
+                parallel=parallel,
             )
         return found[ARM]
 
-    def _bits_per_byte(self, model: DecoderLM, text: ValidationText) -> dict[str, float]:
-        scores = self._scores(model, text)
+    def _bits_per_byte(
+        self, model: DecoderLM, text: ValidationText, parallel: Parallel | None
+    ) -> dict[str, float]:
+        scores = self._scores(model, text, parallel)
         parts = {f"{BITS_PER_BYTE}/{d.group}": d.bits_per_byte for d in scores.domains}
         return parts | {"perplexity": scores.average.perplexity}
 
-    def _facts(self, batches: Batches) -> dict[str, Any]:
+    def _facts(self, batches: Batches | MeshBatches) -> dict[str, Any]:
         return {
             "job": "Train",
             "steps": self.steps,

@@ -21,6 +21,5 @@ def bytes_per_device(
     Raises SpecError where the mesh does not divide experts or their hidden units.
     """
     sizes = mesh.shape
-    cuts = [part or () for part in rules.partition(shape, axes, sizes)]
-    parts = math.prod(sizes[axis] for cut in cuts for axis in cut)
+    parts = math.prod(sizes[axis] for cut in rules.cut(shape, axes, sizes) for axis in cut)
     return math.prod(shape) // parts * itemsize

@@ -52,13 +52,18 @@ class Rules:
     def partition(
         self, shape: Sequence[int], logical: Sequence[str | None], sizes: Mapping[str, int]
     ) -> P:
-        """How an array of this shape is cut on a mesh of these sizes (`MeshSpec.shape`).
+        """`cut` as a PartitionSpec."""
+        return P(*(part or None for part in self.cut(shape, logical, sizes)))
 
-        An axis of devices serves once per array. SpecError where experts or their hidden units
-        cannot be cut evenly.
+    def cut(
+        self, shape: Sequence[int], logical: Sequence[str | None], sizes: Mapping[str, int]
+    ) -> tuple[tuple[str, ...], ...]:
+        """What each axis of an array is cut over on a mesh of these sizes (`MeshSpec.shape`).
+
+        An axis of devices serves once per array, and only where it has more than one device.
+        SpecError where experts or their hidden units cannot be cut evenly.
         """
         taken: set[str] = set()
-        parts: list[tuple[str, ...] | None] = []
         # What must be cut goes first: a lenient axis takes only what is left.
         order = sorted(range(len(shape)), key=lambda i: logical[i] not in _MUST)
         found: dict[int, tuple[str, ...]] = {}
@@ -69,8 +74,7 @@ class Rules:
             chosen = _dividing(shape[i], wanted, sizes)
             taken |= set(chosen)
             found[i] = chosen
-        parts = [found[i] or None for i in range(len(shape))]
-        return P(*parts)
+        return tuple(found[i] for i in range(len(shape)))
 
 
 def batch_axes(rows: int, sizes: Mapping[str, int]) -> tuple[str, ...]:

@@ -57,6 +57,9 @@ from moejax.models.partition import Structure, combine, partition
 from moejax.models.logical import parameter_axes
 from moejax.models.sharding import leaf_shardings, place
 
+# What a backward pass computes again
+from moejax.models.remat import KeepDispatch, KeepNothing, Remat
+
 # Generation
 from moejax.models.generate import Greedy, Sample, generate
 
@@ -64,6 +67,9 @@ from moejax.models.generate import Greedy, Sample, generate
 from moejax.models.edits import permute_experts, select_experts, with_rule
 
 __all__ = [
+    "KeepDispatch",
+    "KeepNothing",
+    "Remat",
     "leaf_shardings",
     "parameter_axes",
     "place",

@@ -19,6 +19,7 @@ from moejax.models.block import Block, run_length, stack, unstack
 from moejax.models.logical import between_uses
 from moejax.models.mixer import Carry
 from moejax.models.norm import Norm
+from moejax.models.remat import Remat
 from moejax.models.spec import ModelSpec
 from moejax.moe import Parallel, RouterContext, Routing, draw
 
@@ -100,6 +101,7 @@ def encode(
     request: Request = NOTHING,
     dtype: Any = jnp.float32,
     parallel: Parallel | None = None,
+    remat: Remat | None = None,
 ) -> Encoding:
     """Hidden states of a text; pure, to be called inside jit on a merged model.
 
@@ -108,6 +110,7 @@ def encode(
     key: of this step; layers fold in their index. dtype: of activations; weights are cast to it
     where they are used; routers, norms, softmax and logits stay in float32. parallel: the mesh on
     which `place` has put the model, and the strategy of its routed layers; None for one device.
+    remat: what a backward pass computes again, None for nothing.
     """
     mask_BxS = jnp.ones(tokens_BxS.shape, bool) if mask_BxS is None else mask_BxS
     if positions_BxS is None:
@@ -128,6 +131,7 @@ def encode(
             None if state is None else state[index],
             (positions_BxS, mask_BxS, context, request, carry, parallel),
             layer_keys,
+            remat,
         )
         carry = {**carry, **written}
         states.append(after)
@@ -178,7 +182,12 @@ def _context(tokens_BxS: Array, mask_BxS: Array, train: bool) -> RouterContext:
 
 
 def _scan(
-    run: Block, x: Array, state: Any, fixed: tuple, layer_keys: Array | None
+    run: Block,
+    x: Array,
+    state: Any,
+    fixed: tuple,
+    layer_keys: Array | None,
+    remat: Remat | None,
 ) -> tuple[Array, Any, Any, Taps, Carry]:
     graphdef, stacked = nnx.split(run)
     positions_BxS, mask_BxS, context, request, carry, parallel = fixed
@@ -192,6 +201,8 @@ def _scan(
         x, *rest = block(x, layer_state, positions_BxS, mask_BxS, inside, request, carry, parallel)
         return x, tuple(rest)
 
+    if remat is not None:  # a scan's body is not merged with the pass that repeats it
+        body = jax.checkpoint(body, policy=remat.policy(), prevent_cse=False)
     x, (after, routings, found, written) = jax.lax.scan(
         body, x, (stacked, state, layer_keys), length=run_length(run)
     )

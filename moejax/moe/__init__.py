@@ -1,7 +1,7 @@
 """Mixture-of-Experts layers: router, dispatch, experts, losses."""
 
 # Routing
-from moejax.moe.routing import RouterContext, Routing, SlotMap
+from moejax.moe.routing import ROUTING, RouterContext, Routing, SlotMap
 
 # Routers: scores + selector + gate weights
 from moejax.moe.router import Router, RouterSpec, RouterState
@@ -52,7 +52,19 @@ from moejax.moe.shared import SharedGate, SigmoidSharedGate
 from moejax.moe.layer import Fixed, MoELayer, MoESpec, SlotSpec, rule_tables
 
 # On a mesh
-from moejax.moe.parallel import Local, PaddedAllToAll, Parallel, Strategy
+from moejax.moe.parallel import (
+    COMBINED,
+    DISPATCHED,
+    TED,
+    ExpertsMove,
+    HierarchicalAllToAll,
+    Local,
+    PaddedAllToAll,
+    Parallel,
+    RaggedAllToAll,
+    Ring,
+    Strategy,
+)
 
 # Losses
 from moejax.moe.losses import (
@@ -65,7 +77,15 @@ from moejax.moe.losses import (
 
 __all__ = [
     "BANK_LOGICAL",
+    "COMBINED",
+    "DISPATCHED",
+    "ROUTING",
+    "TED",
+    "ExpertsMove",
+    "HierarchicalAllToAll",
     "Local",
+    "RaggedAllToAll",
+    "Ring",
     "PaddedAllToAll",
     "Parallel",
     "Strategy",

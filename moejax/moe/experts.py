@@ -6,12 +6,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 
 from moejax import weights
 from moejax.core import Taps, compat, parts, taps
 from moejax.core.axes import EMBED, EXPERT, EXPERT_HIDDEN
 from moejax.core.taps import Request
 from moejax.moe.activations import Activation
+from moejax.moe.routing import ROUTING
 
 BANK_LOGICAL: dict[str, tuple[str | None, ...]] = {
     "gate": (EXPERT, EMBED, EXPERT_HIDDEN),
@@ -72,6 +74,8 @@ class GatedExperts(_Gated):
 
     @jax.named_scope(parts.EXPERTS)
     def __call__(self, x_RxD: Array, group_sizes_E: Array, request: Request) -> tuple[Array, Taps]:
+        group_sizes_E = checkpoint_name(group_sizes_E, ROUTING)
+
         def project(x_RxK: Array, matrix: nnx.Param, bias: nnx.Param | None) -> Array:
             y_RxN = weights.grouped_matmul(x_RxK, compat.read(matrix), group_sizes_E)
             if bias is None:

@@ -7,13 +7,14 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 
 from moejax.core import SpecError, Taps, check_that, compat, spec, taps
 from moejax.core.taps import Request
 from moejax.moe.activations import Activation, SiLU
 from moejax.moe.dispatch import Dense, Dispatch, Dropless
 from moejax.moe.experts import GatedExperts, GatedFFN, draw
-from moejax.moe.parallel import Parallel, routed
+from moejax.moe.parallel import COMBINED, DISPATCHED, Parallel, routed
 from moejax.moe.router import Router, RouterSpec
 from moejax.moe.routing import RouterContext, Routing, SlotMap
 from moejax.moe.rules import RoutingRule
@@ -144,11 +145,12 @@ class MoELayer(nnx.Module):
         self, x_TxD: Array, routing: Routing, expert_A: Array, request: Request
     ) -> tuple[Array, Taps]:
         plan = self.spec.dispatch.plan(routing, expert_A, self.spec.stored)
-        rows_RxD, found = self.experts(plan.scatter(x_TxD), plan.group_sizes_E, request)
+        sent_RxD = checkpoint_name(plan.scatter(x_TxD), DISPATCHED)
+        rows_RxD, found = self.experts(sent_RxD, plan.group_sizes_E, request)
         if not request.isdisjoint({taps.ALL_HIDDEN, taps.ALL_OUTPUT}):
             found = found.merged(self._on_all(x_TxD, routing, request))
         seen = taps.collect(request, dispatch=plan, dropped=plan.dropped)
-        return plan.gather(rows_RxD), found.merged(seen)
+        return plan.gather(checkpoint_name(rows_RxD, COMBINED)), found.merged(seen)
 
     def _on_mesh(
         self,

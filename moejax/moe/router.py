@@ -23,12 +23,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 
 from moejax import weights
 from moejax.core import compat, parts, spec
 from moejax.core.axes import EXPERT
 from moejax.moe.gates import Gates
-from moejax.moe.routing import RouterContext, Routing
+from moejax.moe.routing import ROUTING, RouterContext, Routing
 from moejax.moe.scores import LinearScores, Scores
 from moejax.moe.selectors import Selector
 
@@ -63,6 +64,7 @@ class Router(nnx.Module):
         logits_TxE = self.spec.scores(parameters, x_TxD, context)
         probabilities_TxE = self.spec.gates.probabilities(logits_TxE)
         expert_TxK = self.spec.selector.choose(jax.lax.stop_gradient(probabilities_TxE), state)
+        expert_TxK = checkpoint_name(expert_TxK, ROUTING)
         gate_TxK = self.spec.gates.weigh(logits_TxE, probabilities_TxE, expert_TxK)
         T, K = expert_TxK.shape
         valid_T = jnp.ones(T, bool) if context.mask_T is None else context.mask_T

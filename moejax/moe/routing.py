@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+ROUTING = "moe_routing"  # a name for policies of jax.checkpoint: who goes where
 STATIC: dict[str, Any] = {"static": True}
 
 

@@ -2,7 +2,7 @@
 
 from moejax.runs.folder import FAILED, FINISHED, INTERRUPTED, RUNNING, RunFolder, config_hash
 from moejax.runs.ledger import Ledger, LedgerRow
-from moejax.runs.metrics import Metrics, read_metrics
+from moejax.runs.metrics import Metrics, NoMetrics, read_metrics
 from moejax.runs.progress import Progress, duration, progress
 from moejax.runs.provenance import device_facts, git_state, versions
 from moejax.runs.results import AVERAGE, ArmResult, DomainScore, StudyResult, Verdict
@@ -19,6 +19,7 @@ __all__ = [
     "Ledger",
     "LedgerRow",
     "Metrics",
+    "NoMetrics",
     "Progress",
     "RunFolder",
     "StudyResult",

@@ -25,12 +25,14 @@ class RunFolder:
     report.json, checkpoints/, model/. As a context manager it records how the run ended.
 
     facts: the content of run.json. resumed: whether `create` found this run already begun.
+    writes: False in the processes of a run that leave the writing to the first.
     """
 
     def __init__(self, path: Path, facts: dict[str, Any], resumed: bool = False):
         self.path = path
         self.facts = facts
         self.resumed = resumed
+        self.writes = True
 
     @classmethod
     def create(
@@ -75,6 +77,13 @@ class RunFolder:
         return folder
 
     @classmethod
+    def join(cls, path: Path | str) -> RunFolder:
+        """The folder that the first process of this run writes; nothing of it is touched here."""
+        folder = cls(Path(path), {"status": RUNNING})
+        folder.writes = False
+        return folder
+
+    @classmethod
     def open(cls, path: Path | str) -> RunFolder:
         """The run in `path`, to read; RunError when there is none."""
         path = Path(path)
@@ -91,6 +100,8 @@ class RunFolder:
     def finish(self, status: str = FINISHED, **facts: Any) -> None:
         """Records how the run ended, with further facts, and lets go of the folder."""
         self.facts = {**self.facts, "status": status, "ended": _now(), **facts}
+        if not self.writes:
+            return
         try:
             write_json(self.run_path, self.facts)
         finally:

@@ -96,6 +96,22 @@ class Metrics:
         )
 
 
+class NoMetrics(Metrics):
+    """Takes the lines of a process that leaves the writing to another one, and forgets them."""
+
+    def __init__(self) -> None:
+        self.trackers = ()
+
+    def write(self, step: int, **values: Any) -> None:
+        """Forgets."""
+
+    def truncate_after(self, step: int) -> None:
+        """Has nothing to drop."""
+
+    def close(self) -> None:
+        """Has nothing to close."""
+
+
 def read_metrics(path: Path | str) -> list[dict[str, Any]]:
     """The rows of a metrics.jsonl; a torn last line is left out, nan and inf are floats.
 

@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
+from moejax.core import processes
+
 T = TypeVar("T")
 QUIET_SECONDS = 2.0
 LINE_SECONDS = 10.0
@@ -32,8 +34,10 @@ def progress(
     with progress(500, "train", "steps") as bar: bar.advance(1, loss=2.31)
 
     Nothing shows for work of less than `quiet_seconds`; at 0 it shows at once. Without a terminal a
-    plain line comes every `line_seconds`.
+    plain line comes every `line_seconds`. Of several processes only the first shows anything.
     """
+    if not processes.is_first():
+        quiet_seconds = threading.TIMEOUT_MAX
     return Progress(work, what, unit, quiet_seconds, line_seconds, console or Console(stderr=True))
 
 

@@ -11,7 +11,8 @@ from moejax.runs import Metrics, progress
 from moejax.runs.metrics import BITS_PER_BYTE
 from moejax.train.interruption import Interruption
 from moejax.train.log import TrainLog
-from moejax.train.step import Step, TrainState
+from moejax.train.state import TrainState
+from moejax.train.step import Step
 
 if TYPE_CHECKING:
     from moejax.checkpoint import TrainCheckpoints
@@ -63,7 +64,8 @@ def train(
     state, data position and the draws of every step; metrics after the restored step are cut off.
     evaluators: model -> name -> number, after every `evaluate_every` steps and at the end. The mean
     of their `bits_per_byte/...` is what makes a checkpoint of the same step the best.
-    SIGTERM and Ctrl-C end the step at hand, save a checkpoint and raise SystemExit(128 + signal).
+    SIGTERM and Ctrl-C end the step at hand, save a checkpoint and raise SystemExit(128 + signal);
+    of several processes all stop after the same step, whichever of them got the signal.
     Raises RunError naming the step whose loss or gradient is NaN or infinite; checkpoints that were
     saved before stay.
     """
@@ -76,8 +78,10 @@ def train(
             tokens_BxS1 = next(batches).tokens_BxS1
             state, said = step(state, tokens_BxS1)
             done += 1
-            log.add(done, tokens_BxS1[:, 1:].size, said)
-            stopping = interruption.signal is not None
+            rows, length = tokens_BxS1.shape
+            log.add(done, rows * (length - 1), said)
+            stop = interruption.stops_after(done)
+            stopping = stop is not None
             evaluating = bool(evaluators) and schedule.due(schedule.evaluate_every, done)
             evaluating = evaluating and not stopping
             saving = schedule.due(schedule.checkpoint_every, done) or stopping
@@ -94,7 +98,7 @@ def train(
                     checkpoints.save(done, state, {"data": batches.state()}, score)
             if stopping:
                 checkpoints.wait()
-                raise SystemExit(128 + (interruption.signal or 0))
+                raise SystemExit(128 + stop)
     checkpoints.wait()
     return state
 

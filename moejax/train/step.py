@@ -12,23 +12,14 @@ import optax
 from jax import Array
 
 from moejax.core import SpecError, keys
-from moejax.models import DecoderLM, Structure, combine, encode, partition
+from moejax.models import DecoderLM, Remat, Structure, combine, encode
 from moejax.models.block import run_length
 from moejax.models.partition import Leaves
 from moejax.moe import RouterLoss
 from moejax.train.objective import best_chunk, cross_entropy, output_table
 from moejax.train.optimizer import Optimizer, is_matrix
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class TrainState:
-    """What a step changes. step: int32 [], steps taken. frozen: codes, tables and router state."""
-
-    step: Array
-    trainable: Leaves
-    frozen: Leaves
-    optimizer: Any
+from moejax.train.placement import Placement
+from moejax.train.state import TrainState
 
 
 @jax.tree_util.register_dataclass
@@ -51,20 +42,6 @@ class StepMetrics:
 Step = Callable[[TrainState, Any], tuple[TrainState, StepMetrics]]
 
 
-def start(
-    model: DecoderLM,
-    optimizer: Optimizer,
-    steps: int,
-    trains: Callable[[str], bool] = lambda name: True,
-) -> tuple[Structure, TrainState]:
-    """The state before the first step. It takes over the model's arrays: a step donates them."""
-    structure, trainable, frozen = partition(model, trains)
-    first = jnp.zeros((), jnp.int32)
-    return structure, TrainState(
-        first, trainable, frozen, optimizer.transformation(steps).init(trainable)
-    )
-
-
 def train_step(
     structure: Structure,
     optimizer: Optimizer,
@@ -74,6 +51,8 @@ def train_step(
     accumulate: int = 1,
     dtype: Any = jnp.float32,
     seed: int = 0,
+    remat: Remat | None = None,
+    placement: Placement | None = None,
 ) -> Step:
     """A jitted `(state, tokens_BxS1) -> (state, metrics)` that donates its state.
 
@@ -83,17 +62,35 @@ def train_step(
     means over micro-batches, so that a bias rule moves by its rate once per step.
     dtype: of activations and of the matrices in a product; parameters, gradients, routers and
     optimizer state stay float32.
+    remat: what the backward pass computes again, None for nothing. placement: where the state lies
+    on a mesh, for which the step is compiled; None for one device. A step on a mesh takes and
+    gives what one device would, to rounding.
     """
     rule = optimizer.transformation(steps)
+    parallel = None if placement is None else placement.parallel
 
     def objective(
         trainable: Leaves, frozen: Leaves, tokens_BxS1: Array, key: Array
     ) -> tuple[Array, dict[str, Any]]:
         model = combine(structure, in_compute_dtype(trainable, dtype), frozen)
-        encoding = encode(model, tokens_BxS1[:, :-1], train=True, key=key, dtype=dtype)
+        encoding = encode(
+            model,
+            tokens_BxS1[:, :-1],
+            train=True,
+            key=key,
+            dtype=dtype,
+            parallel=parallel,
+            remat=remat,
+        )
         hidden_TxD = encoding.hidden_BxSxD.reshape(-1, encoding.hidden_BxSxD.shape[-1])
         target_T = tokens_BxS1[:, 1:].reshape(-1)
-        loss = cross_entropy(hidden_TxD, output_table(model, dtype), target_T, best_chunk())
+        loss = cross_entropy(
+            hidden_TxD,
+            output_table(model, dtype),
+            target_T,
+            best_chunk(placement and placement.platform),
+            1 if placement is None else placement.parts(tokens_BxS1.shape[0]),
+        )
         routings = tuple(r for r in encoding.routings if r is not None)
         router: dict[str, Array] = {}
         for term in losses if routings else ():
@@ -112,9 +109,16 @@ def train_step(
     def step(state: TrainState, tokens_BxS1: Array) -> tuple[TrainState, StepMetrics]:
         key = keys.fold(jax.random.key(seed), state.step)
         parts = _micro_batches(tokens_BxS1, accumulate)
+        if placement is not None:
+            parts = jax.lax.with_sharding_constraint(parts, placement.of_parts(parts.shape[1]))
 
         def one(index: Array) -> tuple[tuple[Array, dict], Leaves]:
-            return gradient(state.trainable, state.frozen, parts[index], keys.fold(key, index))
+            found, slopes = gradient(
+                state.trainable, state.frozen, parts[index], keys.fold(key, index)
+            )
+            if placement is not None:  # cut as the parameters are, before they are added up
+                slopes = jax.lax.with_sharding_constraint(slopes, placement.state.trainable)
+            return found, slopes
 
         total = _sum(one, accumulate)
         (value, seen), gradients = jax.tree.map(lambda a: a / accumulate, total)
@@ -136,7 +140,9 @@ def train_step(
         )
         return after, metrics
 
-    return jax.jit(step, donate_argnums=0)
+    if placement is None:
+        return jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0, out_shardings=(placement.state, placement.everywhere))
 
 
 def in_compute_dtype(trainable: Leaves, dtype: Any) -> Leaves:

@@ -11,11 +11,13 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 
 from moejax_kernels.permute import reference, xla
 from moejax_kernels.platforms import alike
 
 BACKENDS = {"reference": reference, "xla": xla}
+PLACES = "moe_places"  # a name for policies of jax.checkpoint: both lists of indices
 
 
 @jax.named_scope("dispatch")
@@ -31,7 +33,7 @@ def permute(
     if x_TxD.ndim != 2 or tokens == 0 or row_A.size % tokens or row_A.size == 0:
         raise ValueError(f"x {x_TxD.shape} must be [T, D], and row {row_A.shape} [T * K].")
     _check_indices(assignment_R, row_A)
-    return _backend(backend).permute(*alike(x_TxD, assignment_R, row_A))
+    return _backend(backend).permute(*alike(x_TxD, *_named(assignment_R, row_A)))
 
 
 @jax.named_scope("dispatch")
@@ -57,7 +59,12 @@ def unpermute(
     if assignment_R.shape != rows_RxD.shape[:1]:
         raise ValueError(f"assignment {assignment_R.shape} must be [R] = {rows_RxD.shape[:1]}.")
     _check_indices(assignment_R, row_A)
-    return _backend(backend).unpermute(*alike(rows_RxD, gate_TxK, assignment_R, row_A))
+    places = _named(assignment_R, row_A)
+    return _backend(backend).unpermute(*alike(rows_RxD, gate_TxK, *places))
+
+
+def _named(*lists: Array) -> list[Array]:
+    return [checkpoint_name(places, PLACES) for places in lists]
 
 
 def _check_indices(*lists: Array) -> None:

@@ -32,8 +32,7 @@ def cuts(experts: GatedExperts, parallel: Parallel) -> list[Cut]:
     for name, weight in _held(experts).items():
         axes = weights.logical_axes(weight, BANK_LOGICAL[name])
         for leaf, array in weights.flatten(weight).items():
-            parts = parallel.rules.partition(array.shape, axes[leaf], sizes)
-            found.append(tuple(tuple(part or ()) for part in parts))
+            found.append(parallel.rules.cut(array.shape, axes[leaf], sizes))
     if sizes[MODEL] > 1:
         _check_hidden(experts, sizes[MODEL])
     return found
@@ -52,8 +51,18 @@ def only(cut: Cut, axes: tuple[str, ...]) -> Cut:
 def brought(leaf: Any, cut: Cut, axes: tuple[str, ...]) -> Any:
     """Inside shard_map: the leaf whole along `axes`; its gradient is reduced and scattered."""
     for dimension, part in enumerate(only(cut, axes)):
-        if part:
-            leaf = lax.all_gather(leaf, part, axis=dimension, tiled=True)
+        if len(part) < 2:
+            for axis in part:
+                leaf = lax.all_gather(leaf, axis, axis=dimension, tiled=True)
+            continue
+        # Slow links first, so that each part crosses them once for all devices behind them.
+        for axis in part:
+            leaf = lax.all_gather(leaf, axis, axis=dimension, tiled=False)
+        lead = range(dimension, dimension + len(part))
+        leaf = jnp.moveaxis(leaf, lead, reversed(lead))
+        shape = leaf.shape
+        joined = math.prod(shape[dimension : dimension + len(part) + 1])
+        leaf = leaf.reshape(*shape[:dimension], joined, *shape[dimension + len(part) + 1 :])
     return leaf
 
 

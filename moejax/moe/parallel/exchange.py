@@ -8,10 +8,11 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.ad_checkpoint import checkpoint_name
 from moejax_kernels.permute import permute, unpermute
 from moejax_kernels.route import sort_by_expert
 
-from moejax.moe.parallel.strategy import Bank, Choices, gathered
+from moejax.moe.parallel.strategy import COMBINED, DISPATCHED, Bank, Choices, gathered
 
 Swap = Callable[[Array], Array]
 
@@ -23,20 +24,18 @@ def room(factor: float | None, assignments: int, devices: int) -> int:
     return min(assignments, math.ceil(factor * assignments / devices))
 
 
-def limited(choices: Choices, bank: Bank, C: int) -> tuple[Choices, Array]:
-    """The choices with at most C for each device, earlier tokens first, and how many are left out.
+def limited(choices: Choices, bank: Bank, room_N: Array) -> tuple[Choices, Array]:
+    """The choices, earlier tokens first, for which devices have room, and how many are left out.
 
     Room is counted by device, not by expert: busy experts use what idle ones beside them leave.
     """
-    if choices.expert_A.size <= C:
-        return choices, jnp.zeros((), jnp.int32)
     device_A = choices.expert_A // bank.local
     order = sort_by_expert(device_A, bank.devices, valid_A=choices.valid_A)
     counts_N = order.group_sizes_E
     first_N = jnp.cumsum(counts_N) - counts_N
-    kept_A = choices.valid_A & (order.place_A - first_N[device_A] < C)
+    kept_A = choices.valid_A & (order.place_A - first_N[device_A] < room_N[device_A])
     kept = dataclasses.replace(choices, valid_TxK=kept_A.reshape(choices.valid_TxK.shape))
-    return kept, jnp.sum(jnp.maximum(counts_N - C, 0))
+    return kept, jnp.sum(jnp.maximum(counts_N - room_N, 0))
 
 
 def padded_exchange(
@@ -47,7 +46,9 @@ def padded_exchange(
     swap: [N, C, D] -> [N, C, D], the block n of device m becomes the block m of device n.
     """
     N, D = bank.devices, x_TxD.shape[1]
-    choices, dropped = limited(choices, bank, C)
+    dropped = jnp.zeros((), jnp.int32)
+    if choices.expert_A.size > C:
+        choices, dropped = limited(choices, bank, jnp.full(N, C))
     order = sort_by_expert(choices.expert_A, bank.local * N, valid_A=choices.valid_A)
     counts_NxE = order.group_sizes_E.reshape(N, bank.local)
     sent_N = counts_NxE.sum(1)
@@ -63,10 +64,11 @@ def padded_exchange(
     row_A = jnp.where(choices.valid_A, device_A * C + place_A, N * C)
 
     sent_NxCxD = permute(x_TxD, assignment_R, row_A).reshape(N, C, D)
-    got_NxCxD = swap(sent_NxCxD)
+    got_NxCxD = checkpoint_name(swap(sent_NxCxD), DISPATCHED)
     expert_NxC = received_experts(order.group_sizes_E, bank, C)
     y_RxD = bank(got_NxCxD.reshape(N * C, D), expert_NxC.reshape(-1))
-    back_RxD = swap(y_RxD.reshape(N, C, D)).reshape(N * C, D)
+    back_NxCxD = checkpoint_name(swap(y_RxD.reshape(N, C, D)), COMBINED)
+    back_RxD = back_NxCxD.reshape(N * C, D)
     return unpermute(back_RxD, choices.gate_TxK, assignment_R, row_A), dropped
 
 

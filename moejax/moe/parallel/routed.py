@@ -60,9 +60,8 @@ def routed(
     token_axes = tuple(axis for axis in strategy.token_axes if sizes[axis] > 1)
     devices = count(sizes, bank_axes)
 
-    kept = (*strategy.bank_axes, MODEL)
-    if strategy.bank_axes:
-        kept = tuple(sizes)
+    # Where all devices see all tokens their results must be known to be equal: nothing is gathered.
+    kept = tuple(sizes) if strategy.token_axes else (MODEL,)
     cut = [only(leaf, kept) for leaf in cuts(experts, parallel)]
     order_E = device_order(experts, devices)
     graphdef, state = nnx.split(biases_in(order_E, experts))
@@ -89,9 +88,6 @@ def routed(
             axes=bank_axes,
             model=sizes[MODEL],
             products=products_of(here),
-            whole=lambda: products_of(
-                [brought(leaf, where, bank_axes) for leaf, where in zip(here, cut, strict=True)]
-            ),
         )
         choices, refused = admitted(dispatch, choices, stored, T * K, token_axes)
         y_TxD, dropped = strategy(x_TxD, choices, bank)

@@ -14,6 +14,9 @@ from moejax_kernels.route import Order, sort_by_expert
 
 from moejax.mesh import MeshLike, Rules
 
+DISPATCHED = "moe_dispatched"  # names for jax.checkpoint policies: rows that came to their experts
+COMBINED = "moe_combined"  # and rows that came back
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +54,6 @@ class Bank:
     local: experts here; devices: how many devices hold the whole bank along the mesh axes `axes`
     (of more than one device, slow links first); model: parts of every expert's hidden width.
     products: (rows_RxD sorted by local expert, group_sizes) -> rows_RxD, with the experts here.
-    whole: gives the same with all experts, brought here.
     """
 
     local: int
@@ -59,7 +61,6 @@ class Bank:
     axes: tuple[str, ...]
     model: int
     products: Sorted
-    whole: Callable[[], Sorted]
 
     def __call__(self, rows_RxD: Array, expert_R: Array) -> Array:
         """Rows in any order through their local experts; expert_R = `local` for empty rows."""
@@ -72,7 +73,8 @@ class Bank:
 class Strategy(Protocol):
     """Who computes what of a routed block; a frozen spec, called inside shard_map.
 
-    token_axes, bank_axes: what tokens and experts are cut over in the block. sums_model: whether
+    token_axes: what tokens are cut over in the block; none where every device sees all of them.
+    bank_axes: what experts are cut over; none where every device has them all. sums_model: whether
     what it returns is a part that is still to be summed over `model`.
     """
 
