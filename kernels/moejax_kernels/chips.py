@@ -3,6 +3,7 @@
 Peak rates, HBM and cores: docs.cloud.google.com/tpu/docs/v5e, .../v5p, .../v6e and .../tpu7x.
 Matrix units, their size and VMEM: JAX's own table, jax/_src/pallas/mosaic/tpu_info.py.
 H100 SXM: NVIDIA's data sheet, nvidia.com/en-us/data-center/h100.
+Links: half of the bidirectional bandwidth between chips that the same pages give (H100: NVLink).
 
 Clocks of TPUs are not published with them. They follow from the peak rate,
 flops/s = 2 * matrix units * size^2 * rows per cycle * clock, with one bfloat16 row per cycle on v5e
@@ -25,6 +26,7 @@ class Chip:
     matrix_units of size x size multiply-adds take `rows` bf16 rows a cycle each.
     kind: what `jax.Device.device_kind` says; topology: the smallest name the compiler takes.
     branch_delay: bundles behind a branch that run in any case, as schedules show.
+    link_rate: bytes/s out of a whole chip over all its links to others of its pod.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Chip:
     hbm: float
     vmem: int
     branch_delay: int = 0
+    link_rate: float = 0.0
 
     @property
     def flops_per_cycle(self) -> int:
@@ -57,7 +60,22 @@ class Chip:
         return self.hbm_rate / self.clock
 
 
-V5E = Chip("v5e", "TPU v5 lite", "tpu", "v5e:2x2", 1, 197e12, 4, 128, 1, 819e9, 16e9, 128 * _MIB, 4)
+V5E = Chip(
+    "v5e",
+    "TPU v5 lite",
+    "tpu",
+    "v5e:2x2",
+    1,
+    197e12,
+    4,
+    128,
+    1,
+    819e9,
+    16e9,
+    128 * _MIB,
+    4,
+    200e9,
+)
 V5P = Chip(
     "v5p",
     "TPU v5",
@@ -72,9 +90,23 @@ V5P = Chip(
     95e9 / 2,
     64 * _MIB,
     4,
+    600e9,
 )
 V6E = Chip(
-    "v6e", "TPU v6 lite", "tpu", "v6e:2x2", 1, 918e12, 2, 256, 2, 1638e9, 32e9, 128 * _MIB, 4
+    "v6e",
+    "TPU v6 lite",
+    "tpu",
+    "v6e:2x2",
+    1,
+    918e12,
+    2,
+    256,
+    2,
+    1638e9,
+    32e9,
+    128 * _MIB,
+    4,
+    400e9,
 )
 TPU7X = Chip(
     "tpu7x",
@@ -90,11 +122,24 @@ TPU7X = Chip(
     192e9 / 2,
     64 * _MIB,
     6,
+    600e9,
 )
 CHIPS = {chip.name: chip for chip in (V5E, V5P, V6E, TPU7X)}
 """The TPUs, by name."""
 
 # 132 multiprocessors with 4 tensor cores each; dense bf16 peak, 1.83 GHz.
 H100 = Chip(
-    "h100", "NVIDIA H100 80GB HBM3", "cuda", "1x1x8", 1, 989e12, 528, 16, 2, 3350e9, 80e9, 50 * _MIB
+    "h100",
+    "NVIDIA H100 80GB HBM3",
+    "cuda",
+    "1x1x8",
+    1,
+    989e12,
+    528,
+    16,
+    2,
+    3350e9,
+    80e9,
+    50 * _MIB,
+    link_rate=450e9,
 )

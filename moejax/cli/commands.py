@@ -45,6 +45,20 @@ def plan(options: argparse.Namespace) -> None:
     print(job.plan() or f"{type(job).__name__} needs no plan: it costs next to nothing.")
 
 
+def compile(options: argparse.Namespace) -> None:
+    """`moejax compile FILE`: compiles the steps of a config for a pod that need not be there."""
+    from moejax.cli.folders import run_folder
+
+    out = Path(options.out) if options.out else run_folder(options.file)
+    print(f"moejax compile {options.file} -> {out}", flush=True)
+
+    from moejax.cli.execute import execute
+    from moejax.config import load_config
+
+    topology = [] if options.topology is None else [f"Compile.topology = '{options.topology}'"]
+    execute(load_config(options.file, [*topology, *options.bindings]), out, options.words)
+
+
 def convert(options: argparse.Namespace) -> None:
     """`moejax convert IN OUT`: a Hugging Face folder comes in, a moejax folder goes out."""
     print(f"moejax convert {options.source} -> {options.target}", flush=True)

@@ -19,6 +19,7 @@ EXAMPLES = """examples:
   moejax run train/nano --set Train.steps=200 --out runs/short
   moejax run runs/short/config.gin            take up an interrupted training run
   moejax plan report                          what it would cost, before anything is loaded
+  moejax compile mesh/olmoe_v5e_256           memory, traffic and time on a pod, without one
   moejax report runs/quickstart runs/mine     each report, and runs/comparison side by side
   moejax convert OLMoE-1B-7B models/olmoe     a Hugging Face folder comes in
   moejax systems                              the systems of the literature that ship as configs
@@ -113,6 +114,19 @@ def _parser() -> argparse.ArgumentParser:
         "plan", parents=[config, common], help="say what a config would do and cost"
     )
     plan.set_defaults(command=commands.plan)
+
+    compile_ = subparsers.add_parser(
+        "compile",
+        parents=[config, common],
+        help="compile the steps of a config for a pod, and read what they take off the program",
+    )
+    compile_.add_argument(
+        "--topology", metavar="NAME", help="such as v5e:16x16, v5p:8x8x8 or h100x8"
+    )
+    compile_.add_argument(
+        "--out", metavar="DIR", help="the run folder (default: runs/ and the name of FILE)"
+    )
+    compile_.set_defaults(command=commands.compile)
 
     report = subparsers.add_parser(
         "report", parents=[common], help="draw the reports of runs anew, and compare several"

@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
 from moejax import weights
-from moejax.core import Taps, check_that, compat, spec, taps
+from moejax.core import Taps, check_that, compat, parts, spec, taps
 from moejax.core.taps import Request
 from moejax.models.local_filter import LocalFilter, LocalFilterSpec
 from moejax.models.mixer import (
@@ -219,6 +220,7 @@ class Attention(nnx.Module):
         self.k_norm = Norm(norm.norm, norm.width(spec.kv_heads, spec.head_width)) if norm else None
         self.filter = LocalFilter(spec.filter, width, scale, rngs=rngs) if spec.filter else None
 
+    @jax.named_scope(parts.ATTENTION)
     def __call__(
         self,
         x_BxSxD: Array,

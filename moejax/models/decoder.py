@@ -12,7 +12,7 @@ from flax import nnx
 from jax import Array
 
 from moejax import weights
-from moejax.core import Taps, compat, keys
+from moejax.core import Taps, compat, keys, parts
 from moejax.core.taps import NOTHING, Request
 from moejax.mesh import batch_sharding
 from moejax.models.block import Block, run_length, stack, unstack
@@ -67,10 +67,11 @@ def forward(model: DecoderLM, tokens_BxS: Array, **how: Any) -> Output:
     """Next-token logits: `encode` (whose arguments it takes), then `project`."""
     encoding = encode(model, tokens_BxS, **how)
     logits_BxSxV = project(model, encoding.hidden_BxSxD)
-    parts = {f.name: getattr(encoding, f.name) for f in dataclasses.fields(encoding)}
-    return Output(**parts, logits_BxSxV=logits_BxSxV)
+    same = {f.name: getattr(encoding, f.name) for f in dataclasses.fields(encoding)}
+    return Output(**same, logits_BxSxV=logits_BxSxV)
 
 
+@jax.named_scope(parts.HEAD)
 def project(model: DecoderLM, hidden: Array) -> Array:
     """Logits [..., V] in float32 of hidden states [..., D]; a loss may call it chunk by chunk."""
     if model.head is None:

@@ -11,7 +11,8 @@ from flax import nnx
 from jax import Array
 
 from moejax.core import SpecError, check_that, keys, spec
-from moejax.models.decoder import DecoderLM, forward, init_state
+from moejax.models.decoder import DecoderLM, encode, forward, init_state, project
+from moejax.moe import Parallel
 
 
 @runtime_checkable
@@ -71,10 +72,12 @@ def generate(
     key: Array | None = None,
     mask_BxS: Array | None = None,
     dtype: Any = jnp.float32,
+    parallel: Parallel | None = None,
 ) -> Array:
     """`steps` new tokens after each prompt: int32 [B, steps].
 
     mask_BxS: False marks left padding of shorter prompts. key: required by drawing samplers only.
+    parallel: as of `encode`.
     """
     if key is None and not isinstance(sampler, Greedy):
         raise SpecError(f"{sampler} draws, but key is None.", "Give jax.random.key(seed).")
@@ -83,42 +86,59 @@ def generate(
     mask_BxS = jnp.ones((B, S), bool) if mask_BxS is None else mask_BxS
     state = init_state(model, B, S + steps, dtype)
     first = jax.random.key(0) if key is None else key
-    logits, state = _prefill(graphdef, dtype, parameters, prompt_BxS, mask_BxS, state)
+    logits, state = prefill(graphdef, dtype, parallel, parameters, prompt_BxS, mask_BxS, state)
     position_B = jnp.sum(mask_BxS, axis=1, dtype=jnp.int32)
-    tokens, _ = _decode(
-        graphdef, sampler, steps, dtype, parameters, logits, position_B, state, first
+    tokens, _ = decode(
+        graphdef, sampler, steps, dtype, parallel, parameters, logits, position_B, state, first
     )
     return tokens
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=5)
-def _prefill(
-    graphdef: Any, dtype: Any, parameters: Any, prompt_BxS: Array, mask_BxS: Array, state: Any
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=6)
+def prefill(
+    graphdef: Any,
+    dtype: Any,
+    parallel: Parallel | None,
+    parameters: Any,
+    prompt_BxS: Array,
+    mask_BxS: Array,
+    state: Any,
 ) -> tuple[Array, Any]:
+    """(logits [B, V] after the prompts, the state that holds them); the given state is donated.
+
+    graphdef, parameters: of `nnx.split(model)`. The head sees the last token of each prompt only.
+    """
+    model = nnx.merge(graphdef, parameters)
     position_BxS = jnp.maximum(jnp.cumsum(mask_BxS, axis=1) - 1, 0).astype(jnp.int32)
-    out = forward(
-        nnx.merge(graphdef, parameters),
+    out = encode(
+        model,
         prompt_BxS,
         mask_BxS=mask_BxS,
         positions_BxS=position_BxS,
         state=state,
         dtype=dtype,
+        parallel=parallel,
     )
-    return out.logits_BxSxV[:, -1], out.state
+    return project(model, out.hidden_BxSxD[:, -1]), out.state
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=7)
-def _decode(
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4), donate_argnums=8)
+def decode(
     graphdef: Any,
     sampler: Sampler,
     steps: int,
     dtype: Any,
+    parallel: Parallel | None,
     parameters: Any,
     logits_BxV: Array,
     position_B: Array,
     state: Any,
     key: Array,
 ) -> tuple[Array, Any]:
+    """(`steps` tokens int32 [B, steps], the state after them); the given state is donated.
+
+    logits_BxV: after what the state holds; position_B: of the first new token of each row.
+    """
     model = nnx.merge(graphdef, parameters)
 
     def step(carry: tuple, index: Array) -> tuple[tuple, Array]:
@@ -130,6 +150,7 @@ def _decode(
             positions_BxS=(position_B + index)[:, None],
             state=state,
             dtype=dtype,
+            parallel=parallel,
         )
         return (out.logits_BxSxV[:, 0], out.state), token_B
 

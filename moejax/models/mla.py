@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
 from moejax import weights
-from moejax.core import Taps, check_that, compat, spec, taps
+from moejax.core import Taps, check_that, compat, parts, spec, taps
 from moejax.core.taps import Request
 from moejax.models.mixer import (
     Carry,
@@ -106,6 +107,7 @@ class MLA(nnx.Module):
         self.kv_up = matrix(spec.kv_rank, key_value)
         self.o = matrix(spec.heads * spec.value_width, width)
 
+    @jax.named_scope(parts.ATTENTION)
     def __call__(
         self,
         x_BxSxD: Array,

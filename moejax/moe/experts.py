@@ -9,7 +9,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from moejax import weights
-from moejax.core import Taps, compat, taps
+from moejax.core import Taps, compat, parts, taps
 from moejax.core.axes import EMBED, EXPERT, EXPERT_HIDDEN
 from moejax.core.taps import Request
 from moejax.moe.activations import Activation
@@ -72,6 +72,7 @@ class GatedExperts(_Gated):
         self.up_bias = nnx.Param(jnp.zeros((experts, hidden))) if bias else None
         self.down_bias = nnx.Param(jnp.zeros((experts, width))) if bias else None
 
+    @jax.named_scope(parts.EXPERTS)
     def __call__(self, x_RxD: Array, group_sizes_E: Array, request: Request) -> tuple[Array, Taps]:
         group_sizes_E = checkpoint_name(group_sizes_E, ROUTING)
 
@@ -111,11 +112,13 @@ class GatedFFN(_Gated):
     def __call__(self, x_TxD: Array) -> Array:
         return self.project(self.hidden(x_TxD))
 
+    @jax.named_scope(parts.FFN)
     def hidden(self, x_TxD: Array) -> Array:
         """hidden_TxF, what the down projection sees."""
         gate_TxG = weights.matmul(x_TxD, compat.read(self.gate))
         return self.activation.gated(gate_TxG, weights.matmul(x_TxD, compat.read(self.up)))
 
+    @jax.named_scope(parts.FFN)
     def project(self, hidden_TxF: Array) -> Array:
         """y_TxD of the hidden activation."""
         return weights.matmul(hidden_TxF, compat.read(self.down))

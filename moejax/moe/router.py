@@ -26,7 +26,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from moejax import weights
-from moejax.core import compat, spec
+from moejax.core import compat, parts, spec
 from moejax.core.axes import EXPERT
 from moejax.moe.gates import Gates
 from moejax.moe.routing import ROUTING, RouterContext, Routing
@@ -57,6 +57,7 @@ class Router(nnx.Module):
         state = spec.selector.init(experts)
         self.selector = nnx.Dict({name: RouterState(value) for name, value in state.items()})
 
+    @jax.named_scope(parts.ROUTER)
     def __call__(self, x_TxD: Array, context: RouterContext) -> Routing:
         parameters = {name: compat.read(p) for name, p in self.scores.items()}
         state = {name: compat.read(s) for name, s in self.selector.items()}

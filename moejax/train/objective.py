@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from moejax import weights
-from moejax.core import compat
+from moejax.core import compat, parts
 from moejax.models import DecoderLM
 
 CHUNK = 512  # tokens whose logits exist at a time, where they should stay in a CPU's cache
@@ -53,6 +53,7 @@ def cross_entropy(
     return total / target_T.size
 
 
+@jax.named_scope(parts.HEAD)
 def _forward(
     hidden_TxD: Array, table_VxD: Array, target_T: Array, chunk: int, parts: int
 ) -> tuple[Array, tuple[Array, Array]]:
@@ -75,6 +76,7 @@ def _forward(
     return total / T, (dhidden_TxD, dtable_VxD.astype(table_VxD.dtype))
 
 
+@jax.named_scope(parts.HEAD)
 def _backward(
     chunk: int, parts: int, saved: tuple[Array, Array], dloss: Array
 ) -> tuple[Array, Array, None]:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import NamedSharding
+from jax.sharding import AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moejax.data import Batch, Batches
@@ -32,8 +32,11 @@ class Placement:
 
     @property
     def platform(self) -> str:
-        """What the devices are: cpu, gpu or tpu."""
-        return self.parallel.mesh.devices.flat[0].platform
+        """What the devices are: cpu, gpu or tpu; of a mesh without devices, what it stands for."""
+        mesh = self.parallel.mesh
+        if isinstance(mesh, AbstractMesh):
+            return mesh.abstract_device.platform
+        return mesh.devices.flat[0].platform
 
     def parts(self, rows: int) -> int:
         """How many parts of a batch there are, each on devices of its own."""

@@ -35,6 +35,12 @@ A sharded program carries `NamedSharding`s of a `jax.sharding.AbstractMesh` in i
     x = jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P("data")))
     aot.compile_for(f, x, chip="v5e", topology="v5e:16x16", mesh=(16, 16))
 
+How much memory, traffic and work a step of a whole model takes on a pod is read from such a report:
+
+    pod = aot.parse_topology("v5e:16x16")
+    found = aot.roofline(report.hlo, pod, (("data", 16), ("expert", 16)), part=lambda scope: ...)
+    found.parts, found.total, aot.summed(found.transfers)      # loops counted as often as they run
+
 A bundle is one cycle where nothing stalls. Waits for DMA do not show, so that the modelled time is
 max(cycles, HBM bytes / bytes per cycle). `cycles` also holds the matrix units to their published
 rate, which a schedule may exceed on paper (v5e, v5p, tpu7x).
@@ -53,8 +59,13 @@ from moejax_kernels.aot.control import Region
 from moejax_kernels.aot.cost import Cost, cost
 from moejax_kernels.aot.hlo import Collective
 from moejax_kernels.aot.plot import plot
+from moejax_kernels.aot.program import parse_program
 from moejax_kernels.aot.report import Report
+from moejax_kernels.aot.roofline import Part, Roofline, roofline
 from moejax_kernels.aot.schedule import Schedule, parse
+from moejax_kernels.aot.topology import Topology, memory_wanted, parse_topology
+from moejax_kernels.aot.traffic import Transfer, summed, transfers
+from moejax_kernels.aot.work import Work, work_by_part
 
 __all__ = [
     "Case",
@@ -62,17 +73,29 @@ __all__ = [
     "CompileError",
     "CompilerMissing",
     "Cost",
+    "Part",
     "Priced",
     "Program",
     "Region",
     "Report",
+    "Roofline",
     "Schedule",
+    "Topology",
+    "Transfer",
+    "Work",
     "compile_all",
     "compile_for",
     "compiler_version",
     "cost",
     "least_bytes",
+    "memory_wanted",
     "parse",
+    "parse_program",
+    "parse_topology",
     "plot",
     "price",
+    "roofline",
+    "summed",
+    "transfers",
+    "work_by_part",
 ]

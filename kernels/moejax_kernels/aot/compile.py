@@ -146,9 +146,10 @@ def _run(
     dump = folder / "dump"
     dump.mkdir(exist_ok=True)
     flags = [os.environ.get("LIBTPU_INIT_ARGS", "")]
-    if schedules:
-        flags += [f"--xla_jf_dump_to={dump}", "--xla_jf_dump_llo_text=true"]
-        flags += ["--xla_jf_dump_llo_pass_label_regex=^final_(bundles|hlo)"]
+    flags += [f"--xla_jf_dump_to={dump}", "--xla_jf_dump_llo_text=true"]
+    # The program itself is dumped in any case: jaxlib cannot read every asynchronous op.
+    passes = "^final_(bundles|hlo)" if schedules else "^none$"
+    flags += [f"--xla_jf_dump_llo_pass_label_regex={passes}"]
     request = {"chip": chip.name, "platform": chip.platform, "topology": topology, "meshes": meshes}
     (folder / "request.json").write_text(json.dumps(request))
     environment = os.environ | {

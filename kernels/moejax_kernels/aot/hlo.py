@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
-_KINDS = (
+COLLECTIVES = (
     "all-gather",
     "all-reduce",
     "all-to-all",
@@ -15,12 +15,13 @@ _KINDS = (
     "ragged-all-to-all",
     "reduce-scatter",
 )
+_LONGEST_FIRST = "|".join(sorted(COLLECTIVES, reverse=True))
 _LINE = re.compile(
-    rf"^\s*(?:ROOT )?%?(\S+) = (.*?) ({'|'.join(sorted(_KINDS, reverse=True))})(-start)?\((.*)$",
+    rf"^\s*(?:ROOT )?%?(\S+) = (.*?) ({_LONGEST_FIRST})(-start)?\((.*)$",
     re.MULTILINE,
 )
 _ARRAY = re.compile(r"\b(pred|bf16|[sufc]\d+(?:e\d\w*)?)\[([\d,]*)\]")
-_GROUPS = re.compile(
+GROUPS = re.compile(
     r"(?:replica_groups|source_target_pairs)="
     r"(\{\{.*?\}\}|\{\}|\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?|mesh\[.*?\]\s*\{.*?\})"
 )
@@ -48,7 +49,7 @@ def collectives(hlo: str) -> tuple[Collective, ...]:
             # A start gives operands, results and scalars of its own; an all-reduce's the results.
             arrays = [array for array in arrays if array[1]]
             arrays = arrays[len(arrays) // 2 :]
-        groups = _GROUPS.search(rest)
+        groups = GROUPS.search(rest)
         size = sum(_size(dtype, dims) for dtype, dims in arrays)
         found.append(Collective(name, kind, size, groups[1] if groups else ""))
     return tuple(found)

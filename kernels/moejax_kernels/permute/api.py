@@ -8,6 +8,7 @@ both lists are asked for so that neither pass needs a scatter.
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
@@ -19,6 +20,7 @@ BACKENDS = {"reference": reference, "xla": xla}
 PLACES = "moe_places"  # a name for policies of jax.checkpoint: both lists of indices
 
 
+@jax.named_scope("dispatch")
 def permute(
     x_TxD: Array, assignment_R: Array, row_A: Array, *, backend: str | None = None
 ) -> Array:
@@ -34,6 +36,7 @@ def permute(
     return _backend(backend).permute(*alike(x_TxD, *_named(assignment_R, row_A)))
 
 
+@jax.named_scope("dispatch")
 def unpermute(
     rows_RxD: Array,
     gate_TxK: Array,

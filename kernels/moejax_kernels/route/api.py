@@ -12,6 +12,7 @@ from moejax_kernels.route.order import Order
 BACKENDS = {"reference": reference, "xla": xla}
 
 
+@jax.named_scope("dispatch")
 def sort_by_expert(
     expert_A: Array, experts: int, *, valid_A: Array | None = None, backend: str | None = None
 ) -> Order:
