@@ -14,9 +14,14 @@ from moejax.compress.dynamic_skip import DynamicSkip
 from moejax.compress.expert_drop import ExpertDrop
 from moejax.compress.mixed_precision import MixedPrecision
 from moejax.compress.quantize import Quantize
+from moejax.compress.sparsify import Sparsify
 
 # How a matrix goes onto a grid
 from moejax.compress.methods import GPTQ, FullPrecision, Method, RoundToNearest
+
+# Which weights of a matrix go
+from moejax.compress.layer_patterns import OWL, LayerPatterns
+from moejax.compress.pruning_methods import Magnitude, PruningMethod, SparseGPT, Wanda
 
 # Which expert gets which grid
 from moejax.compress.allocation import Allocation, BitBudget, RankedExperts
@@ -58,6 +63,7 @@ from moejax.compress.accounting import Account, account, payload, touched
 
 __all__ = [
     "GPTQ",
+    "OWL",
     "Account",
     "Allocation",
     "BitBudget",
@@ -78,7 +84,9 @@ __all__ = [
     "IntegerProgram",
     "KurtosisScore",
     "LayerEdit",
+    "LayerPatterns",
     "LeaveOneOut",
+    "Magnitude",
     "MatrixEdit",
     "MeanProbability",
     "Method",
@@ -89,6 +97,7 @@ __all__ = [
     "PMQCost",
     "Pass",
     "Problem",
+    "PruningMethod",
     "Quantize",
     "RandomAllocation",
     "RandomChannels",
@@ -98,8 +107,11 @@ __all__ = [
     "RoutedError",
     "RoutedErrorScore",
     "Sequential",
+    "SparseGPT",
+    "Sparsify",
     "StatisticsSource",
     "Step",
+    "Wanda",
     "WeightError",
     "account",
     "check_recipe",

@@ -57,7 +57,7 @@ def sparse_gpt(
 
 def strip_length(pattern: Pattern, inputs: int, block: int = 128) -> int:
     """How many inputs are pruned at once."""
-    if pattern.span is not None:
+    if pattern.span:
         return pattern.span
     return next(d for d in range(min(inputs, block), 0, -1) if inputs % d == 0)
 

@@ -17,12 +17,12 @@ from moejax.weights.sparse import pack_nm, pack_sparse
 class Pattern(Protocol):
     """How many weights of a matrix stay, and which ones compete; a frozen spec.
 
-    span: inputs of a column that compete among themselves, None where all of a matrix do. A matrix
+    span: inputs of a column that compete among themselves, 0 where all of a matrix do. A matrix
     may be pruned in strips of inputs; a strip is then a matrix of its own, or of one span.
     """
 
     @property
-    def span(self) -> int | None: ...
+    def span(self) -> int: ...
 
     def keep(self, score: Array) -> Array:
         """bool [*lead, K, N]: the weights of highest score, the lower index first among equals."""
@@ -41,7 +41,7 @@ class PerMatrix:
     """`sparsity` of a matrix's weights go, whichever they are, rounded to whole weights."""
 
     sparsity: float
-    span = None
+    span = 0
 
     def check(self) -> None:
         _check_share(self)
@@ -61,7 +61,7 @@ class PerOutput:
     """`sparsity` of the inputs of every column go, rounded: Wanda's groups (arXiv:2306.11695)."""
 
     sparsity: float
-    span = None
+    span = 0
 
     def check(self) -> None:
         _check_share(self)
@@ -102,7 +102,7 @@ class NOfM:
 def check_pattern(pattern: Pattern, w: Array, name: str = "") -> None:
     """Raises SpecError, naming the matrix, where its inputs fall into no whole groups."""
     inputs = w.shape[-2]
-    if pattern.span is not None and inputs % pattern.span:
+    if pattern.span and inputs % pattern.span:
         of = f" of {name}" if name else ""
         raise SpecError(
             f"groups of {pattern.span} do not divide the {inputs} inputs{of}.",
