@@ -12,6 +12,7 @@ from moejax.compress.channel_patch import (
 )
 from moejax.compress.dynamic_skip import DynamicSkip
 from moejax.compress.expert_drop import ExpertDrop
+from moejax.compress.global_drop import GlobalExpertDrop
 from moejax.compress.layer_drop import (
     Consecutive,
     LayerChoice,
@@ -26,6 +27,7 @@ from moejax.compress.layer_drop import (
 from moejax.compress.mixed_precision import MixedPrecision
 from moejax.compress.quantize import Quantize
 from moejax.compress.sparsify import Sparsify
+from moejax.compress.subset_drop import SubsetDrop
 
 # How a matrix goes onto a grid
 from moejax.compress.methods import GPTQ, FullPrecision, Method, RoundToNearest
@@ -51,6 +53,14 @@ from moejax.compress.solvers import (
     IntegerProgram,
     Problem,
     RandomAllocation,
+)
+
+# Which subset of experts stays
+from moejax.compress.subset_search import (
+    ExhaustiveSubsets,
+    GeneticSubsets,
+    GreedySubsets,
+    SubsetSearch,
 )
 
 # Scores of experts
@@ -86,12 +96,16 @@ __all__ = [
     "DamageBudget",
     "DynamicSkip",
     "Exhaustive",
+    "ExhaustiveSubsets",
     "ExpertDrop",
     "ExpertScore",
     "Frequency",
     "FrequencyCost",
     "FullPrecision",
     "GateMassScore",
+    "GeneticSubsets",
+    "GlobalExpertDrop",
+    "GreedySubsets",
     "GreedyUpgrades",
     "IntegerProgram",
     "KurtosisScore",
@@ -130,6 +144,8 @@ __all__ = [
     "Sparsify",
     "StatisticsSource",
     "Step",
+    "SubsetDrop",
+    "SubsetSearch",
     "Wanda",
     "WeightError",
     "WholeBlock",
