@@ -17,6 +17,7 @@ from moejax.calibrate.outputs import (
     FFNCosine,
     MeanOutputs,
     OutputNorms,
+    StreamCosine,
 )
 from moejax.calibrate.routing_statistics import (
     CoActivation,
@@ -54,6 +55,7 @@ __all__ = [
     "SecondMoments",
     "SoftCounts",
     "Statistics",
+    "StreamCosine",
     "TokenCount",
     "Tokens",
     "collect",

@@ -10,7 +10,8 @@ import numpy as np
 from jax import Array
 
 from moejax.calibrate.accumulators import Sums, Tokens, mean
-from moejax.core import Taps, spec, taps
+from moejax.core import Taps, check_that, spec, taps
+from moejax.core.taps import Request
 from moejax.models import LayerSpec, ModelSpec
 from moejax.moe import MoESpec
 
@@ -99,6 +100,36 @@ class BlockCosine(_MeanOverTokens):
 
     def of_tokens(self, found: Taps) -> Array:
         return _cosine(found[taps.BLOCK_INPUT], found[taps.BLOCK_OUTPUT])
+
+
+@spec
+class StreamCosine(_MeanOverTokens):
+    """Mean cosine of the residual stream at two places of a block: float64 scalar.
+
+    before, after: "block_input", "mixer_output" or "block_output". From "mixer_output" to
+    "block_output" it is what the feed-forward leaves of the stream, with its norm and the residual
+    (layer drop, arXiv:2406.02500); from "block_input" to "mixer_output" what attention leaves.
+    """
+
+    before: str = taps.BLOCK_INPUT
+    after: str = taps.BLOCK_OUTPUT
+
+    def check(self) -> None:
+        places = (taps.BLOCK_INPUT, taps.MIXER_OUTPUT, taps.BLOCK_OUTPUT)
+        for field in ("before", "after"):
+            known = getattr(self, field) in places
+            check_that(known, self, field, f"Choose one of {', '.join(places)}.")
+
+    @property
+    def name(self) -> str:
+        return f"stream_cosine({self.before}, {self.after})"
+
+    @property
+    def request(self) -> Request:
+        return frozenset({self.before, self.after})
+
+    def of_tokens(self, found: Taps) -> Array:
+        return _cosine(found[self.before], found[self.after])
 
 
 @spec

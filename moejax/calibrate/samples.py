@@ -11,6 +11,7 @@ from jax import Array
 
 from moejax.calibrate.accumulators import Tokens
 from moejax.core import Taps, check_that, spec, taps
+from moejax.core.taps import Request
 from moejax.models import LayerSpec, ModelSpec
 
 _NONE = np.int32(-1)
@@ -21,28 +22,37 @@ class LayerInputs:
     """What router and experts saw of some tokens: float32 [n, D], n <= tokens.
 
     The tokens whose number in the text has the smallest hash (a bottom-k sample), in the order of
-    their hashes: the same tokens in the same order however the text was cut and dealt.
+    their hashes: the same tokens in the same order however the text was cut and dealt, and in all
+    layers. tap: another place of width D that is seen instead, such as "block_input".
     """
 
     tokens: int = 1024
-    request = frozenset({taps.FFN_INPUT})
+    tap: str = taps.FFN_INPUT
 
     def check(self) -> None:
         check_that(self.tokens >= 1, self, "tokens", "Keep at least one token.")
+        places = (taps.FFN_INPUT, taps.BLOCK_INPUT, taps.MIXER_OUTPUT, taps.BLOCK_OUTPUT)
+        check_that(self.tap in places, self, "tap", f"Choose one of {', '.join(places)}.")
 
     @property
     def name(self) -> str:
-        return f"layer_inputs({self.tokens})"
+        tap = "" if self.tap == taps.FFN_INPUT else f", {self.tap}"
+        return f"layer_inputs({self.tokens}{tap})"
+
+    @property
+    def request(self) -> Request:
+        return frozenset({self.tap})
 
     def init(self, layer: LayerSpec, model: ModelSpec) -> Any:
-        if layer.ffn is None:
+        if layer.ffn is None and self.tap == taps.FFN_INPUT:
             return None
         rows_NxD = jnp.zeros((self.tokens, model.width), jnp.float32)
         return jnp.full(self.tokens, _NONE), rows_NxD
 
     def update(self, state: Any, found: Taps, tokens: Tokens) -> Any:
         index_N, rows_NxD = state
-        return _kept(index_N, rows_NxD, tokens.index_T, found[taps.FFN_INPUT])
+        x_TxD = found[self.tap].reshape(-1, rows_NxD.shape[-1])
+        return _kept(index_N, rows_NxD, tokens.index_T, x_TxD)
 
     def merge(self, a: Any, b: Any) -> Any:
         return _kept(*a, *b)

@@ -12,11 +12,29 @@ from moejax.compress.channel_patch import (
 )
 from moejax.compress.dynamic_skip import DynamicSkip
 from moejax.compress.expert_drop import ExpertDrop
+from moejax.compress.global_drop import GlobalExpertDrop
+from moejax.compress.layer_drop import (
+    Consecutive,
+    LayerChoice,
+    LayerDrop,
+    MixerLayer,
+    MostSimilar,
+    Part,
+    RandomLayers,
+    RoutedLayer,
+    WholeBlock,
+)
 from moejax.compress.mixed_precision import MixedPrecision
 from moejax.compress.quantize import Quantize
+from moejax.compress.sparsify import Sparsify
+from moejax.compress.subset_drop import SubsetDrop
 
 # How a matrix goes onto a grid
 from moejax.compress.methods import GPTQ, FullPrecision, Method, RoundToNearest
+
+# Which weights of a matrix go
+from moejax.compress.layer_patterns import OWL, LayerPatterns
+from moejax.compress.pruning_methods import Magnitude, PruningMethod, SparseGPT, Wanda
 
 # Which expert gets which grid
 from moejax.compress.allocation import Allocation, BitBudget, RankedExperts
@@ -35,6 +53,14 @@ from moejax.compress.solvers import (
     IntegerProgram,
     Problem,
     RandomAllocation,
+)
+
+# Which subset of experts stays
+from moejax.compress.subset_search import (
+    ExhaustiveSubsets,
+    GeneticSubsets,
+    GreedySubsets,
+    SubsetSearch,
 )
 
 # Scores of experts
@@ -58,49 +84,71 @@ from moejax.compress.accounting import Account, account, payload, touched
 
 __all__ = [
     "GPTQ",
+    "OWL",
     "Account",
     "Allocation",
     "BitBudget",
     "BySensitivity",
     "ChannelPatch",
     "ChannelSelection",
+    "Consecutive",
     "Cost",
     "DamageBudget",
     "DynamicSkip",
     "Exhaustive",
+    "ExhaustiveSubsets",
     "ExpertDrop",
     "ExpertScore",
     "Frequency",
     "FrequencyCost",
     "FullPrecision",
     "GateMassScore",
+    "GeneticSubsets",
+    "GlobalExpertDrop",
+    "GreedySubsets",
     "GreedyUpgrades",
     "IntegerProgram",
     "KurtosisScore",
+    "LayerChoice",
+    "LayerDrop",
     "LayerEdit",
+    "LayerPatterns",
     "LeaveOneOut",
+    "Magnitude",
     "MatrixEdit",
     "MeanProbability",
     "Method",
     "MixedPrecision",
+    "MixerLayer",
+    "MostSimilar",
     "MultiDomainCost",
     "OutlierScore",
     "OutsidePass",
     "PMQCost",
+    "Part",
     "Pass",
     "Problem",
+    "PruningMethod",
     "Quantize",
     "RandomAllocation",
     "RandomChannels",
+    "RandomLayers",
     "RandomScore",
     "RankedExperts",
     "RoundToNearest",
     "RoutedError",
     "RoutedErrorScore",
+    "RoutedLayer",
     "Sequential",
+    "SparseGPT",
+    "Sparsify",
     "StatisticsSource",
     "Step",
+    "SubsetDrop",
+    "SubsetSearch",
+    "Wanda",
     "WeightError",
+    "WholeBlock",
     "account",
     "check_recipe",
     "compress",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Mapping
 
 import numpy as np
 from flax import nnx
@@ -29,8 +30,24 @@ from moejax.runs.ledger import DROPPED
 Plan = dict[int, tuple[int, ...]]  # layer -> experts that stay, ascending
 
 
+class DropsExperts:
+    """What passes share that drop experts as planned, one layer at a time."""
+
+    def layer_needs(self, model: ModelSpec) -> tuple[Accumulator, ...]:
+        return ()
+
+    def invalidates(self, accumulator: Accumulator) -> bool:
+        """Everything: indices change, and tokens go to other experts."""
+        return True
+
+    def apply_layer(
+        self, index: int, block: Block, plan: Plan, stats: LayerStatistics, key: Array
+    ) -> LayerEdit:
+        return with_experts(block, plan[index]) if index in plan else LayerEdit(block)
+
+
 @spec
-class ExpertDrop:
+class ExpertDrop(DropsExperts):
     """Keeps the experts of highest score in every layer, the lower index first among equals.
 
     fraction: the share of a layer's experts that goes, rounded to whole experts (halves up); one
@@ -50,87 +67,95 @@ class ExpertDrop:
         check_that(fits, self, "fraction", "Give shares from 0 (keep all) to below 1.")
 
     def outline(self, model: DecoderLM) -> tuple[DecoderLM, tuple[str, ...]]:
-        blocks, names = layers(model), []
-        for layer, share in self._shares(model.spec).items():
-            first = range(_kept(layer, share, model.spec))
-            names += [f"layers.{layer}.{name}" for name in expert_matrices(blocks[layer])]
-            blocks[layer] = nnx.eval_shape(
-                functools.partial(select_experts, keep=first), blocks[layer]
-            )
-        return with_layers(model, blocks), tuple(names)
+        return outlined(model, self._kept(model.spec))
 
     def needs(self, model: ModelSpec) -> tuple[Accumulator, ...]:
         return self.score.needs()
 
-    def layer_needs(self, model: ModelSpec) -> tuple[Accumulator, ...]:
-        return ()
-
-    def invalidates(self, accumulator: Accumulator) -> bool:
-        """Everything: indices change, and tokens go to other experts."""
-        return True
-
     def decide(self, stats: Statistics, model: DecoderLM) -> Plan:
         blocks = layers(model)
         return {
-            layer: self._best(
-                layer, _kept(layer, share, model.spec), blocks[layer], stats.layers[layer]
-            )
-            for layer, share in self._shares(model.spec).items()
+            layer: best(scores_of(self.score, layer, blocks[layer], stats), kept)
+            for layer, kept in self._kept(model.spec).items()
         }
 
-    def apply_layer(
-        self, index: int, block: Block, plan: Plan, stats: LayerStatistics, key: Array
-    ) -> LayerEdit:
-        if index not in plan:
-            return LayerEdit(block)
-        keep = plan[index]
-        edits = tuple(
-            MatrixEdit(name, expert, relative_error=0.0)
-            if expert in keep
-            else MatrixEdit(name, expert, lineage=(DROPPED,))
-            for name in expert_matrices(block)
-            for expert in range(_moe(block.spec).experts)
-        )
-        return LayerEdit(select_experts(block, keep), edits, experts=keep)
-
-    def _shares(self, model: ModelSpec) -> dict[int, float]:
-        """Layer with experts -> the share of them that goes."""
+    def _kept(self, model: ModelSpec) -> dict[int, int]:
+        """Layer with experts -> how many of them stay."""
         found, shares = model.moe_layers, self.fraction
         if not isinstance(shares, tuple):
             shares = (shares,) * len(found)
         fix = f"Give one number, or one for each of the {len(found)} layers with experts."
         check_that(0 < len(shares) == len(found), self, "fraction", fix)
-        return dict(zip(found, shares, strict=True))
-
-    def _best(self, layer: int, kept: int, block: Block, stats: LayerStatistics) -> tuple[int, ...]:
-        experts = _moe(block.spec).experts
-        score_E = np.asarray(self.score(layer, block, stats), np.float64)
-        if score_E.shape != (experts,) or np.isnan(score_E).any():
-            raise SpecError(
-                f"{self.score} gives layer {layer} the scores {score_E.tolist()}.",
-                f"A score is one number for each of {experts} experts.",
-                field="score",
-            )
-        best = np.argsort(-score_E, kind="stable")[:kept]
-        return tuple(sorted(best.tolist()))
+        return {
+            layer: kept_experts(self, share, routed_part(model.layers[layer]), layer)
+            for layer, share in zip(found, shares, strict=True)
+        }
 
 
-def _kept(layer: int, share: float, model: ModelSpec) -> int:
-    """How many experts stay in a layer that loses `share` of them."""
-    moe = _moe(model.layers[layer])
+def outlined(model: DecoderLM, kept: Mapping[int, int]) -> tuple[DecoderLM, tuple[str, ...]]:
+    """A model of shapes whose layers keep so many experts, and the names of their matrices."""
+    blocks, names = layers(model), []
+    for layer, count in kept.items():
+        names += [f"layers.{layer}.{name}" for name in expert_matrices(blocks[layer])]
+        first = functools.partial(select_experts, keep=range(count))
+        blocks[layer] = nnx.eval_shape(first, blocks[layer])
+    return with_layers(model, blocks), tuple(names)
+
+
+def with_experts(block: Block, keep: tuple[int, ...]) -> LayerEdit:
+    """A block that keeps some of its experts, and a row for each that it had."""
+    edits = tuple(
+        MatrixEdit(name, expert, relative_error=0.0)
+        if expert in keep
+        else MatrixEdit(name, expert, lineage=(DROPPED,))
+        for name in expert_matrices(block)
+        for expert in range(routed_part(block.spec).experts)
+    )
+    return LayerEdit(select_experts(block, keep), edits, experts=keep)
+
+
+def scores_of(score: ExpertScore, layer: int, block: Block, stats: Statistics) -> np.ndarray:
+    """float64 [E]; SpecError where the score is no number per expert."""
+    experts = routed_part(block.spec).experts
+    score_E = np.asarray(score(layer, block, stats.layers[layer]), np.float64)
+    if score_E.shape != (experts,) or np.isnan(score_E).any():
+        raise SpecError(
+            f"{score} gives layer {layer} the scores {score_E.tolist()}.",
+            f"A score is one number for each of {experts} experts.",
+            field="score",
+        )
+    return score_E
+
+
+def best(score_E: np.ndarray, count: int) -> tuple[int, ...]:
+    """The experts of highest score, ascending; the lower index first among equals."""
+    return tuple(sorted(np.argsort(-score_E, kind="stable")[:count].tolist()))
+
+
+def chosen_per_token(moe: MoESpec) -> int:
+    """The k of a layer's router: fewer experts it cannot have."""
+    return getattr(moe.router.selector, "k", 1)
+
+
+def kept_experts(owner: object, share: float, moe: MoESpec, layer: int) -> int:
+    """How many experts stay in a layer that loses `share` of them; SpecError if too few do.
+
+    owner: the pass whose field `fraction` says so.
+    """
     kept = moe.experts - math.floor(share * moe.experts + 0.5)
-    least = getattr(moe.router.selector, "k", 1)
+    least = chosen_per_token(moe)
     if kept < least:
         most = moe.experts - least
         raise SpecError(
-            f"ExpertDrop.fraction = {share} leaves {kept} of {moe.experts} experts in layer "
-            f"{layer}, but its router chooses k = {least}.",
+            f"{type(owner).__name__}.fraction = {share} leaves {kept} of {moe.experts} experts in "
+            f"layer {layer}, but its router chooses k = {least}.",
             f"Drop at most {most} of them: a fraction of {most / moe.experts:g}.",
             field="fraction",
         )
     return kept
 
 
-def _moe(layer: LayerSpec) -> MoESpec:
+def routed_part(layer: LayerSpec) -> MoESpec:
+    """The routed feed-forward of a layer that has one."""
     assert isinstance(layer.ffn, MoESpec)
     return layer.ffn

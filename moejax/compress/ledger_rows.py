@@ -34,7 +34,7 @@ class Rows:
         rows = []
         for matrix in edit.matrices:
             if matrix.expert is None:
-                rows.append(self.of_matrix(matrix, None, after[matrix.matrix]))
+                rows.append(self.of_matrix(matrix, None, after.get(matrix.matrix)))
                 continue
             kept = matrix.expert in place
             weight = weights.take(after[matrix.matrix], place[matrix.expert]) if kept else None

@@ -109,6 +109,39 @@ class MatrixInputs:
     tokens: np.ndarray
 
 
+def input_needs(matrix: str, rows: Rows, owner: str) -> tuple[Accumulator, ...]:
+    """What `matrix_inputs` reads; SpecError, naming the method, for a matrix of unknown inputs."""
+    return (*_moments(matrix, rows, owner), ExpertCounts(), TokenCount())
+
+
+def matrix_inputs(matrix: str, stats: LayerStatistics, rows: Rows, owner: str) -> MatrixInputs:
+    """Second moments of the inputs of one matrix of a layer. rows: of an expert's, which count."""
+    found = (m.name for m in _moments(matrix, rows, owner) if m.name in stats)
+    moments, tokens = stats[next(found)], stats[TokenCount.name]
+    if not matrix.startswith(EXPERTS):
+        return MatrixInputs(moments[0], tokens)
+    counts = stats[ExpertCounts.name]
+    if len(counts) != len(moments):
+        raise SpecError(
+            f"{matrix}: {len(counts)} router experts lead to {len(moments)} stored ones.",
+            f"Run {owner} before experts are merged or replicated.",
+        )
+    seen = np.full(len(moments), tokens) if isinstance(rows, AllTokens) else counts
+    return MatrixInputs(moments, seen)
+
+
+def _moments(matrix: str, rows: Rows, owner: str) -> tuple[SecondMoments, ...]:
+    """Of its inputs; a layer has those of its rare tap or, behind them, the usual ones."""
+    if matrix not in INPUT_TAPS:
+        raise SpecError(
+            f"{owner} knows no inputs of {matrix}.", f"It treats {', '.join(INPUT_TAPS)}."
+        )
+    usual = SecondMoments(
+        tap=INPUT_TAPS[matrix], rows=rows if matrix.startswith(EXPERTS) else Routed()
+    )
+    return (SecondMoments(tap=RARE_TAPS[matrix]), usual) if matrix in RARE_TAPS else (usual,)
+
+
 @runtime_checkable
 class Method(Protocol):
     """A way onto a grid; a frozen spec."""
@@ -166,21 +199,10 @@ class GPTQ:
         check_that(self.damping >= 0, self, "damping", "0.01 is usual.")
 
     def needs(self, matrix: str) -> tuple[Accumulator, ...]:
-        return (*self._moments(matrix), ExpertCounts(), TokenCount())
+        return input_needs(matrix, self.rows, "GPTQ")
 
     def inputs(self, matrix: str, stats: LayerStatistics) -> MatrixInputs:
-        found = (m.name for m in self._moments(matrix) if m.name in stats)
-        moments, tokens = stats[next(found)], stats[TokenCount.name]
-        if not matrix.startswith(EXPERTS):
-            return MatrixInputs(moments[0], tokens)
-        counts = stats[ExpertCounts.name]
-        if len(counts) != len(moments):
-            raise SpecError(
-                f"{matrix}: {len(counts)} router experts lead to {len(moments)} stored ones.",
-                "Run GPTQ before experts are merged or replicated.",
-            )
-        seen = np.full(len(moments), tokens) if isinstance(self.rows, AllTokens) else counts
-        return MatrixInputs(moments, seen)
+        return matrix_inputs(matrix, stats, self.rows, "GPTQ")
 
     def __call__(self, w: Array, grid: Choice, inputs: MatrixInputs | None, name: str) -> Quantized:
         if isinstance(grid, FullPrecision):
@@ -204,9 +226,7 @@ class GPTQ:
             damping=self.damping,
             name=name,
         )
-        output, nearest = _output_errors(
-            w, found.weight, grid(w, name), jnp.asarray(inputs.moments)
-        )
+        output, nearest = output_errors(w, found.weight, grid(w, name), jnp.asarray(inputs.moments))
         why = np.full(few.shape, None, object)
         why[np.asarray(found.failed)] = "round-to-nearest: no factorisation"
         why[few] = "round-to-nearest: too few tokens"
@@ -219,19 +239,9 @@ class GPTQ:
             ~few,
         )
 
-    def _moments(self, matrix: str) -> tuple[SecondMoments, ...]:
-        """Of its inputs; a layer has those of its rare tap or, behind them, the usual ones."""
-        if matrix not in INPUT_TAPS:
-            raise SpecError(
-                f"GPTQ knows no inputs of {matrix}.", f"It treats {', '.join(INPUT_TAPS)}."
-            )
-        rows = self.rows if matrix.startswith(EXPERTS) else Routed()
-        usual = SecondMoments(tap=INPUT_TAPS[matrix], rows=rows)
-        return (SecondMoments(tap=RARE_TAPS[matrix]), usual) if matrix in RARE_TAPS else (usual,)
-
 
 @jax.jit
-def _output_errors(w: Array, by_method: Weight, nearest: Weight, moments: Array) -> tuple:
+def output_errors(w: Array, by_method: Weight, nearest: Weight, moments: Array) -> tuple:
     """|X (W_new - W)|_F / |X W|_F of both, from X^T X alone; NaN where X W is zero."""
 
     def energy(d: Array) -> Array:

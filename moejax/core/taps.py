@@ -24,6 +24,7 @@ SHARED_HIDDEN = "shared_hidden"  # h_TxF of the shared experts
 ALL_HIDDEN = "all_hidden"  # [E, T, F], every stored expert on every token
 ALL_OUTPUT = "all_output"  # [E, T, D], the same, before the gate weights
 BLOCK_INPUT = "block_input"  # x_BxSxD, the residual stream before the block
+MIXER_OUTPUT = "mixer_output"  # x_BxSxD, the residual stream behind the mixer, where one is
 BLOCK_OUTPUT = "block_output"  # x_BxSxD, the residual stream after it
 ATTENTION_INPUT = "attention_input"  # x_BxSxD, after the norm
 ATTENTION_CONTEXT = "attention_context"  # [B, S, H W], what the output projection sees
@@ -50,6 +51,7 @@ NAMES = frozenset(
         ALL_HIDDEN,
         ALL_OUTPUT,
         BLOCK_INPUT,
+        MIXER_OUTPUT,
         BLOCK_OUTPUT,
         ATTENTION_INPUT,
         ATTENTION_CONTEXT,

@@ -64,7 +64,14 @@ from moejax.models.remat import KeepDispatch, KeepNothing, Remat
 from moejax.models.generate import Greedy, Sample, generate
 
 # Edits
-from moejax.models.edits import permute_experts, select_experts, with_rule
+from moejax.models.edits import (
+    emptied,
+    permute_experts,
+    select_experts,
+    with_rule,
+    without_ffn,
+    without_mixer,
+)
 
 __all__ = [
     "KeepDispatch",
@@ -110,6 +117,7 @@ __all__ = [
     "cache_bytes_per_token",
     "combine",
     "count_parameters",
+    "emptied",
     "encode",
     "even_attention",
     "flops_per_token",
@@ -126,5 +134,7 @@ __all__ = [
     "with_layers",
     "with_parameters",
     "with_rule",
+    "without_ffn",
+    "without_mixer",
     "yarn_mscale",
 ]

@@ -66,6 +66,7 @@ class Block(nnx.Module):
             if self._rules_read_attention:
                 context = _with_attention(context, mixed[taps.ATTENTION_MASS])
             found = found.merged(taps.collect(request, **mixed.values))
+        found = found.merged(taps.collect(request, mixer_output=h_BxSxD))
         out_BxSxD = h_BxSxD
         if self.moe is not None:
             normed = self._normed(self.ffn_norm, h_BxSxD)
@@ -121,7 +122,8 @@ def _dense(ffn: DenseSpec, width: int, scale: float, rngs: nnx.Rngs) -> GatedFFN
 def stack(blocks: Sequence[Block]) -> list[Block]:
     """Maximal runs of equal blocks, each one block whose leaves lead with the layer axis.
 
-    Equal means: same spec, same formats, same shapes; a scan then compiles the run once.
+    Equal means: same spec, same formats, same shapes; a scan then compiles the run once. A block
+    without parameters (all parts dropped) is a run of its own: no leaf says how many there are.
     """
     runs: list[list[Any]] = []
     previous = None
@@ -132,7 +134,7 @@ def stack(blocks: Sequence[Block]) -> list[Block]:
             jax.tree.structure(state),
             [(a.shape, a.dtype) for a in jax.tree.leaves(state)],
         )
-        if kind != previous:
+        if kind != previous or not jax.tree.leaves(state):
             runs.append([graphdef])
         runs[-1].append(state)
         previous = kind

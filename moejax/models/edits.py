@@ -1,4 +1,4 @@
-"""Edits of experts as pure functions on a block: select, permute, add a rule."""
+"""Edits of blocks as pure functions: select and permute experts, drop parts, add a rule."""
 
 from __future__ import annotations
 
@@ -72,4 +72,44 @@ def with_rule(block: Block, rule: RoutingRule, tables: Mapping[str, Any]) -> Blo
     edited.moe.spec = dataclasses.replace(ffn, rules=(*ffn.rules, rule))
     edited.spec = dataclasses.replace(block.spec, ffn=edited.moe.spec)
     edited.moe.rules = nnx.List([*edited.moe.rules, rule_tables(dict(tables))])
+    return edited
+
+
+def without_ffn(block: Block) -> Block:
+    """The block without its feed-forward and the norms of it; routed experts go with their router.
+
+    SpecError when it has none, or a dense one beside the routed one, which would lose its norm.
+    """
+    if block.spec.ffn is None or block.spec.dense_residual is not None:
+        raise SpecError(
+            "this block has no feed-forward that can go alone.",
+            "Drop it where it is the only one; drop whole blocks of dense residuals.",
+        )
+    edited = compat.copied(block)
+    edited.moe = edited.ffn = edited.ffn_norm = edited.ffn_post_norm = None
+    edited.spec = dataclasses.replace(block.spec, ffn=None)
+    return edited
+
+
+def without_mixer(block: Block) -> Block:
+    """The block without its mixer and the norms of it; SpecError when it has none.
+
+    Layers above that read what it writes cannot do without it: `with_layers` refuses them.
+    """
+    if block.spec.mixer is None:
+        raise SpecError("this block has no mixer.", "Drop mixers of other blocks.")
+    edited = compat.copied(block)
+    edited.attention = edited.attention_norm = edited.attention_post_norm = None
+    edited.spec = dataclasses.replace(block.spec, mixer=None)
+    return edited
+
+
+def emptied(block: Block) -> Block:
+    """The block without any part: the identity. It costs nothing and keeps its number."""
+    edited = compat.copied(block)
+    for part in ("attention", "moe", "ffn"):
+        setattr(edited, part, None)
+        setattr(edited, f"{part}_norm", None)
+    edited.attention_post_norm = edited.ffn_post_norm = None
+    edited.spec = dataclasses.replace(block.spec, mixer=None, ffn=None, dense_residual=None)
     return edited

@@ -29,6 +29,7 @@ from moejax.weights.codebook import Codebook, pack_codebook
 from moejax.weights.low_rank import LowRank, truncated_svd
 from moejax.weights.packed import Packed, pack, pack_codes, unpack_codes
 from moejax.weights.row_patch import RowPatch, patch_rows
+from moejax.weights.sparse import NMSparse, Sparse, pack_nm, pack_sparse
 from moejax.weights.sums import Sum
 
 # Grids: what quantizes
@@ -38,8 +39,12 @@ from moejax.weights.hqq import HQQGrid
 from moejax.weights.quantize import AsymmetricGrid, Log2Grid, SymmetricGrid
 from moejax.weights.sign_grids import BinaryGrid, TernaryGrid
 
-# Rounding that minds the inputs
+# Patterns of sparsity: which weights stay
+from moejax.weights.sparsity import NOfM, Pattern, PerMatrix, PerOutput, check_pattern
+
+# Rounding and pruning that mind the inputs
 from moejax.weights.gptq_rounding import GPTQResult, gptq
+from moejax.weights.sparse_gpt import SparseGPTResult, sparse_gpt, strip_length
 
 __all__ = [
     "AsymmetricGrid",
@@ -53,13 +58,21 @@ __all__ = [
     "HQQGrid",
     "Log2Grid",
     "LowRank",
+    "NMSparse",
+    "NOfM",
     "Packed",
+    "Pattern",
+    "PerMatrix",
+    "PerOutput",
     "RowPatch",
+    "Sparse",
+    "SparseGPTResult",
     "Sum",
     "SymmetricGrid",
     "TernaryGrid",
     "abstract_from_meta",
     "bits_per_weight",
+    "check_pattern",
     "code_bits",
     "concatenate",
     "flatten",
@@ -73,10 +86,14 @@ __all__ = [
     "pack",
     "pack_codebook",
     "pack_codes",
+    "pack_nm",
+    "pack_sparse",
     "patch_rows",
     "register_format",
     "relative_error",
     "shape",
+    "sparse_gpt",
+    "strip_length",
     "take",
     "truncated_svd",
     "unflatten",

@@ -89,7 +89,7 @@ def _solve(
         if act_order:
             order = jnp.argsort(-jnp.diagonal(moments), stable=True)
             moments = moments[order][:, order]
-        feedback, used = _feedback(_normalised(moments), damping)
+        feedback, _, used = error_feedback(normalised(moments), damping)
         found = _round_rows(w, feedback, start, order, grid, block)
         failed = jnp.isinf(used)
         found = jax.tree.map(lambda f, s: jnp.where(failed, s, f), found, start)
@@ -104,7 +104,7 @@ def _solve(
     return GPTQResult(grid.pack(codes, scale, zero), failed.reshape(lead), used.reshape(lead))
 
 
-def _normalised(moments: Array) -> Array:
+def normalised(moments: Array) -> Array:
     """Moments [K, K] over the mean diagonal of the inputs seen; the others get 1 and no neighbours.
 
     Divided in two steps, so that no sum overflows.
@@ -119,23 +119,24 @@ def _normalised(moments: Array) -> Array:
     return jnp.where(seen[:, None] & seen, scaled, 0) + jnp.diag(jnp.where(seen, 0.0, 1.0))
 
 
-def _feedback(h: Array, damping: float | Array) -> tuple[Array, Array]:
-    """Share [K, K] that row j gets of the change of row k < j, else 0; and the damping it took.
+def error_feedback(h: Array, damping: float | Array) -> tuple[Array, Array, Array]:
+    """Share [K, K] that row j gets of the change of row k < j, else 0; R_kk [K]; the damping used.
 
     With h = R R^T, R upper triangular, the inverse's upper Cholesky factor is U = R^-1, and the
     paper's error (w'_k - q_k) / U_kk is (R^T (w - q))_k. So w'_j = w_j + sum_{k<j} (w_k - q_k)
     R_kj / R_jj: the same corrections without the inverse, from the change of the original weights,
     which is more accurate in float32. (The sum is the paper's w'_j once all k < j are in it; while
-    rows are missing, the paper's value has them follow, see `scales_of`.) Zeros, and infinity, if
-    no damping suffices.
+    rows are missing, the paper's value has them follow, see `scales_of`.) Zeros, ones, and
+    infinity, if no damping suffices.
     """
     eye = jnp.eye(len(h))
 
-    def factorised(level: Array) -> tuple[Array, Array]:
+    def factorised(level: Array) -> tuple[Array, Array, Array]:
         # R is the lower factor of the reversed matrix, reversed.
         factor = jnp.linalg.cholesky((h + level * eye)[::-1, ::-1])[::-1, ::-1]
-        share = jnp.tril(factor.T / jnp.diagonal(factor)[:, None], -1)
-        return share, jnp.isfinite(share).all()
+        diagonal = jnp.diagonal(factor)
+        share = jnp.tril(factor.T / diagonal[:, None], -1)
+        return share, diagonal, jnp.isfinite(share).all()
 
     def retry(state: tuple) -> tuple:
         tries, level, *_ = state
@@ -143,8 +144,10 @@ def _feedback(h: Array, damping: float | Array) -> tuple[Array, Array]:
 
     level = jnp.maximum(jnp.float32(damping), _FLOOR)
     state = (0, level, *factorised(level))
-    _, level, share, good = lax.while_loop(lambda s: ~s[3] & (s[0] < _RETRIES), retry, state)
-    return jnp.where(good, share, 0), jnp.where(good, level, jnp.inf)
+    state = lax.while_loop(lambda s: ~s[-1] & (s[0] < _RETRIES), retry, state)
+    _, level, share, diagonal, good = state
+    used = jnp.where(good, level, jnp.inf)
+    return jnp.where(good, share, 0), jnp.where(good, diagonal, 1), used
 
 
 def _round_rows(

@@ -19,6 +19,8 @@ from moejax.weights import (
     Sum,
     pack,
     pack_codebook,
+    pack_nm,
+    pack_sparse,
     patch_rows,
 )
 
@@ -99,6 +101,26 @@ def row_patch(base: Builder):
     return build
 
 
+def sparse(lead, seed):
+    """37 weights of each matrix, anywhere; bfloat16 holds them exactly."""
+    generator = np.random.default_rng(seed)
+    w = jnp.asarray(_float(generator, *lead, K, N), jnp.bfloat16)
+    rank = np.argsort(np.argsort(generator.random((*lead, K * N)), axis=-1), axis=-1)
+    kept = (rank < 37).reshape(*lead, K, N)
+    return pack_sparse(w, jnp.asarray(kept), 37), np.where(kept, np.float64(w), 0)
+
+
+def n_of_m(n, m):
+    def build(lead, seed):
+        generator = np.random.default_rng(seed)
+        w = jnp.asarray(_float(generator, *lead, K, N), jnp.bfloat16)
+        draws = generator.random((*lead, K // m, m, N))
+        kept = (np.argsort(np.argsort(draws, axis=-2), axis=-2) < n).reshape(w.shape)
+        return pack_nm(w, jnp.asarray(kept), n, m), np.where(kept, np.float64(w), 0)
+
+    return build
+
+
 FORMATS: list[tuple[str, Builder]] = [
     ("dense", dense),
     ("packed_2_symmetric", packed(2, 16, None)),
@@ -108,6 +130,9 @@ FORMATS: list[tuple[str, Builder]] = [
     ("low_rank", low_rank),
     ("sum", sum_of(packed(3, 16, None), low_rank)),
     ("buckets", buckets),
+    ("sparse", sparse),
+    ("sparse_2_of_4", n_of_m(2, 4)),
+    ("sparse_8_of_16", n_of_m(8, 16)),
     ("row_patch", row_patch(packed(2, 16, "uint8"))),
     ("row_patch_of_sum", row_patch(sum_of(packed(3, 16, None), low_rank))),
 ]
