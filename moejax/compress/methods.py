@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -166,21 +166,10 @@ class GPTQ:
         check_that(self.damping >= 0, self, "damping", "0.01 is usual.")
 
     def needs(self, matrix: str) -> tuple[Accumulator, ...]:
-        return (*self._moments(matrix), ExpertCounts(), TokenCount())
+        return moment_needs(self, matrix, self.rows)
 
     def inputs(self, matrix: str, stats: LayerStatistics) -> MatrixInputs:
-        found = (m.name for m in self._moments(matrix) if m.name in stats)
-        moments, tokens = stats[next(found)], stats[TokenCount.name]
-        if not matrix.startswith(EXPERTS):
-            return MatrixInputs(moments[0], tokens)
-        counts = stats[ExpertCounts.name]
-        if len(counts) != len(moments):
-            raise SpecError(
-                f"{matrix}: {len(counts)} router experts lead to {len(moments)} stored ones.",
-                "Run GPTQ before experts are merged or replicated.",
-            )
-        seen = np.full(len(moments), tokens) if isinstance(self.rows, AllTokens) else counts
-        return MatrixInputs(moments, seen)
+        return moment_inputs(self, matrix, self.rows, stats)
 
     def __call__(self, w: Array, grid: Choice, inputs: MatrixInputs | None, name: str) -> Quantized:
         if isinstance(grid, FullPrecision):
@@ -204,9 +193,7 @@ class GPTQ:
             damping=self.damping,
             name=name,
         )
-        output, nearest = _output_errors(
-            w, found.weight, grid(w, name), jnp.asarray(inputs.moments)
-        )
+        output, nearest = output_errors(w, found.weight, grid(w, name), jnp.asarray(inputs.moments))
         why = np.full(few.shape, None, object)
         why[np.asarray(found.failed)] = "round-to-nearest: no factorisation"
         why[few] = "round-to-nearest: too few tokens"
@@ -219,19 +206,42 @@ class GPTQ:
             ~few,
         )
 
-    def _moments(self, matrix: str) -> tuple[SecondMoments, ...]:
-        """Of its inputs; a layer has those of its rare tap or, behind them, the usual ones."""
-        if matrix not in INPUT_TAPS:
-            raise SpecError(
-                f"GPTQ knows no inputs of {matrix}.", f"It treats {', '.join(INPUT_TAPS)}."
-            )
-        rows = self.rows if matrix.startswith(EXPERTS) else Routed()
-        usual = SecondMoments(tap=INPUT_TAPS[matrix], rows=rows)
-        return (SecondMoments(tap=RARE_TAPS[matrix]), usual) if matrix in RARE_TAPS else (usual,)
+
+def moment_needs(owner: Any, matrix: str, rows: Rows) -> tuple[Accumulator, ...]:
+    """The statistics that `moment_inputs` reads; SpecError for a matrix of unknown inputs."""
+    return (*_moments(owner, matrix, rows), ExpertCounts(), TokenCount())
+
+
+def moment_inputs(owner: Any, matrix: str, rows: Rows, stats: LayerStatistics) -> MatrixInputs:
+    """Second moments of a matrix, and of how many rows. owner: who asks, for errors."""
+    found = (m.name for m in _moments(owner, matrix, rows) if m.name in stats)
+    moments, tokens = stats[next(found)], stats[TokenCount.name]
+    if not matrix.startswith(EXPERTS):
+        return MatrixInputs(moments[0], tokens)
+    counts = stats[ExpertCounts.name]
+    if len(counts) != len(moments):
+        raise SpecError(
+            f"{matrix}: {len(counts)} router experts lead to {len(moments)} stored ones.",
+            f"Run {type(owner).__name__} before experts are merged or replicated.",
+        )
+    seen = np.full(len(moments), tokens) if isinstance(rows, AllTokens) else counts
+    return MatrixInputs(moments, seen)
+
+
+def _moments(owner: Any, matrix: str, rows: Rows) -> tuple[SecondMoments, ...]:
+    """Of its inputs; a layer has those of its rare tap or, behind them, the usual ones."""
+    if matrix not in INPUT_TAPS:
+        raise SpecError(
+            f"{type(owner).__name__} knows no inputs of {matrix}.",
+            f"It treats {', '.join(INPUT_TAPS)}.",
+        )
+    rows = rows if matrix.startswith(EXPERTS) else Routed()
+    usual = SecondMoments(tap=INPUT_TAPS[matrix], rows=rows)
+    return (SecondMoments(tap=RARE_TAPS[matrix]), usual) if matrix in RARE_TAPS else (usual,)
 
 
 @jax.jit
-def _output_errors(w: Array, by_method: Weight, nearest: Weight, moments: Array) -> tuple:
+def output_errors(w: Array, by_method: Weight, nearest: Weight, moments: Array) -> tuple:
     """|X (W_new - W)|_F / |X W|_F of both, from X^T X alone; NaN where X W is zero."""
 
     def energy(d: Array) -> Array:

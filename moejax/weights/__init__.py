@@ -26,10 +26,13 @@ from moejax.weights.manifest import abstract_from_meta, flatten, format_meta, un
 # Formats
 from moejax.weights.buckets import Buckets
 from moejax.weights.codebook import Codebook, pack_codebook
-from moejax.weights.low_rank import LowRank, truncated_svd
+from moejax.weights.dictionary import DictionaryCoded, encode
+from moejax.weights.low_rank import LowRank, check_rank, truncated_svd
 from moejax.weights.packed import Packed, pack, pack_codes, unpack_codes
 from moejax.weights.row_patch import RowPatch, patch_rows
 from moejax.weights.sums import Sum
+from moejax.weights.ternary import Ternary, TernaryRows
+from moejax.weights.transposed import Transposed
 
 # Grids: what quantizes
 from moejax.weights.clipping import ClippedGrid
@@ -41,12 +44,16 @@ from moejax.weights.sign_grids import BinaryGrid, TernaryGrid
 # Rounding that minds the inputs
 from moejax.weights.gptq_rounding import GPTQResult, gptq
 
+# Factors
+from moejax.weights.factors import compensated, compensated_shapes, scaled_svd, whitened_svd
+
 __all__ = [
     "AsymmetricGrid",
     "BinaryGrid",
     "Buckets",
     "ClippedGrid",
     "Codebook",
+    "DictionaryCoded",
     "Format",
     "GPTQResult",
     "Grid",
@@ -57,11 +64,18 @@ __all__ = [
     "RowPatch",
     "Sum",
     "SymmetricGrid",
+    "Ternary",
     "TernaryGrid",
+    "TernaryRows",
+    "Transposed",
     "abstract_from_meta",
     "bits_per_weight",
+    "check_rank",
     "code_bits",
+    "compensated",
+    "compensated_shapes",
     "concatenate",
+    "encode",
     "flatten",
     "format_meta",
     "gptq",
@@ -76,9 +90,11 @@ __all__ = [
     "patch_rows",
     "register_format",
     "relative_error",
+    "scaled_svd",
     "shape",
     "take",
     "truncated_svd",
     "unflatten",
     "unpack_codes",
+    "whitened_svd",
 ]
