@@ -10,13 +10,33 @@ from moejax.compress.channel_patch import (
     ChannelSelection,
     RandomChannels,
 )
+from moejax.compress.dictionary_code import DictionaryCode
 from moejax.compress.dynamic_skip import DynamicSkip
 from moejax.compress.expert_drop import ExpertDrop
+from moejax.compress.factorise import Factorise
 from moejax.compress.mixed_precision import MixedPrecision
 from moejax.compress.quantize import Quantize
+from moejax.compress.searched_drop import SearchedDrop
 
 # How a matrix goes onto a grid
 from moejax.compress.methods import GPTQ, FullPrecision, Method, RoundToNearest
+
+# How a matrix is taken apart, and which gets which rank
+from moejax.compress.factorisations import (
+    ActivationScaledSVD,
+    CompensatedGrid,
+    Factorisation,
+    LowRankAndRows,
+    PlainSVD,
+    WhitenedSVD,
+)
+from moejax.compress.ranks import (
+    KurtosisRanks,
+    ProportionalRanks,
+    RankBudget,
+    RankPolicy,
+    UniformRank,
+)
 
 # Which expert gets which grid
 from moejax.compress.allocation import Allocation, BitBudget, RankedExperts
@@ -50,6 +70,9 @@ from moejax.compress.expert_scores import (
     RoutedErrorScore,
 )
 
+from moejax.compress.genetic import GeneticSearch
+from moejax.compress.loss_scores import LossIncrease, ModelScore
+
 # Drivers
 from moejax.compress.driver import Sequential, StatisticsSource, Step, check_recipe, compress
 
@@ -57,6 +80,23 @@ from moejax.compress.driver import Sequential, StatisticsSource, Step, check_rec
 from moejax.compress.accounting import Account, account, payload, touched
 
 __all__ = [
+    "WhitenedSVD",
+    "UniformRank",
+    "SearchedDrop",
+    "RankPolicy",
+    "RankBudget",
+    "ProportionalRanks",
+    "PlainSVD",
+    "ModelScore",
+    "LowRankAndRows",
+    "LossIncrease",
+    "KurtosisRanks",
+    "GeneticSearch",
+    "Factorise",
+    "Factorisation",
+    "DictionaryCode",
+    "CompensatedGrid",
+    "ActivationScaledSVD",
     "GPTQ",
     "Account",
     "Allocation",

@@ -42,7 +42,7 @@ def whitened_svd(
     MoejaxError for moments or weights that are not finite or not positive semidefinite.
     """
     *lead, inputs, columns = w.shape
-    check_rank(rank, inputs, columns, name)
+    check_rank(rank, w.shape, name)
     _check_statistic(moments, (*lead, inputs, inputs), w, name)
     exact = np.asarray(w, np.float64).reshape(-1, inputs, columns)
     flat = np.asarray(moments, np.float64).reshape(-1, inputs, inputs)
@@ -62,7 +62,7 @@ def scaled_svd(
     above zero. Raises as `whitened_svd` does.
     """
     *lead, inputs, columns = w.shape
-    check_rank(rank, inputs, columns, name)
+    check_rank(rank, w.shape, name)
     _check_statistic(scale, (*lead, inputs), w, name)
     exact = np.asarray(w, np.float64).reshape(-1, inputs, columns)
     flat = np.asarray(scale, np.float64).reshape(-1, inputs)
@@ -106,7 +106,7 @@ def compensated(
         return Compensated(weight, np.asarray(_distance(w, weight))[None])
     if iterations < 0:
         raise SpecError(f"iterations = {iterations}.", "Give 0 or more; 10 is usual.")
-    check_rank(rank, *w.shape[-2:], name)
+    check_rank(rank, w.shape, name)
     compensated_shapes(w, grid, rank, factors=factors, dtype=dtype, name=name)
     low, best, errors = jnp.zeros_like(w), None, []
     least = jnp.full(w.shape[:-2], jnp.inf)

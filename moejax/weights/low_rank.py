@@ -112,8 +112,9 @@ class LowRank(Format):
             require(floats, self, "the factors are not floats", "Store them as float16 or float32.")
 
 
-def check_rank(rank: int, inputs: int, columns: int, name: str = "") -> None:
-    """Raises SpecError, naming the matrix, unless 1 <= rank <= min(K, N)."""
+def check_rank(rank: int, shape: Sequence[int], name: str = "") -> None:
+    """Raises SpecError, naming the matrix [*lead, K, N], unless 1 <= rank <= min(K, N)."""
+    inputs, columns = shape[-2:]
     if not 1 <= rank <= min(inputs, columns):
         of = f" {name}" if name else ""
         raise SpecError(
@@ -129,7 +130,7 @@ def truncated_svd(w: Array, rank: int, dtype: Any = jnp.float32, name: str = "")
     The singular values are shared equally: u = U sqrt(S), v = sqrt(S) V^T, computed in float32.
     Raises SpecError, naming the matrix, unless 1 <= rank <= min(K, N).
     """
-    check_rank(rank, *w.shape[-2:], name)
+    check_rank(rank, w.shape, name)
     left, values, right = jnp.linalg.svd(w.astype(jnp.float32), full_matrices=False)
     root = jnp.sqrt(values[..., :rank])
     u, v = left[..., :rank] * root[..., None, :], right[..., :rank, :] * root[..., :, None]
