@@ -52,7 +52,8 @@ def _errors(
     graphdef: Any, state: Any, x_TxD: Array, y_TxExD: Array, gate_TxE: Array, kept_NxR: Array
 ) -> Array:
     def one(kept_R: Array) -> Array:
-        moe = nnx.merge(graphdef, state)
+        # Of this trace: a variable from outside the map could not lose columns.
+        moe = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf, state))
         moe.router.take(kept_R)
         change_TxE = _gates(moe, x_TxD, kept_R, gate_TxE.shape[1]) - gate_TxE
         return jnp.linalg.norm(jnp.einsum("te,ted->td", change_TxE, y_TxExD))

@@ -194,8 +194,9 @@ def _decode(
     codes_C = codes_C.astype(jnp.int32)
     ends_C = jnp.cumsum(length_V[codes_C])
     pair_P = jnp.arange(inputs // 2 * columns)
-    # Beyond the last pair the filling counts on; no pair is looked for there.
-    word_P = jnp.searchsorted(ends_C, pair_P, side="right", method="sort")
+    # How many codewords end at or before a pair; beyond the last pair the filling counts on.
+    ended_P = jnp.zeros(pair_P.shape, jnp.int32).at[ends_C].add(1, mode="drop")
+    word_P = jnp.cumsum(ended_P)
     code_P = codes_C[word_P]
     place_P = pair_P - (ends_C[word_P] - length_V[code_P])
     bits_P = pairs_Vx2[code_P, place_P // 7] >> (4 * (place_P % 7)).astype(jnp.uint32)
