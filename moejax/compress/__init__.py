@@ -10,8 +10,10 @@ from moejax.compress.channel_patch import (
     ChannelSelection,
     RandomChannels,
 )
+from moejax.compress.dictionary_code import DictionaryCode
 from moejax.compress.dynamic_skip import DynamicSkip
 from moejax.compress.expert_drop import ExpertDrop
+from moejax.compress.factorise import Factorise
 from moejax.compress.global_drop import GlobalExpertDrop
 from moejax.compress.layer_drop import (
     Consecutive,
@@ -26,6 +28,7 @@ from moejax.compress.layer_drop import (
 )
 from moejax.compress.mixed_precision import MixedPrecision
 from moejax.compress.quantize import Quantize
+from moejax.compress.searched_drop import SearchedDrop
 from moejax.compress.sparsify import Sparsify
 from moejax.compress.subset_drop import SubsetDrop
 
@@ -35,6 +38,24 @@ from moejax.compress.methods import GPTQ, FullPrecision, Method, RoundToNearest
 # Which weights of a matrix go
 from moejax.compress.layer_patterns import OWL, LayerPatterns
 from moejax.compress.pruning_methods import Magnitude, PruningMethod, SparseGPT, Wanda
+
+
+# How a matrix is taken apart, and which gets which rank
+from moejax.compress.factorisations import (
+    ActivationScaledSVD,
+    CompensatedGrid,
+    Factorisation,
+    LowRankAndRows,
+    PlainSVD,
+    WhitenedSVD,
+)
+from moejax.compress.ranks import (
+    KurtosisRanks,
+    ProportionalRanks,
+    RankBudget,
+    RankPolicy,
+    UniformRank,
+)
 
 # Which expert gets which grid
 from moejax.compress.allocation import Allocation, BitBudget, RankedExperts
@@ -76,6 +97,9 @@ from moejax.compress.expert_scores import (
     RoutedErrorScore,
 )
 
+from moejax.compress.genetic import GeneticSearch
+from moejax.compress.loss_scores import LossIncrease, ModelScore
+
 # Drivers
 from moejax.compress.driver import Sequential, StatisticsSource, Step, check_recipe, compress
 
@@ -83,6 +107,23 @@ from moejax.compress.driver import Sequential, StatisticsSource, Step, check_rec
 from moejax.compress.accounting import Account, account, payload, touched
 
 __all__ = [
+    "WhitenedSVD",
+    "UniformRank",
+    "SearchedDrop",
+    "RankPolicy",
+    "RankBudget",
+    "ProportionalRanks",
+    "PlainSVD",
+    "ModelScore",
+    "LowRankAndRows",
+    "LossIncrease",
+    "KurtosisRanks",
+    "GeneticSearch",
+    "Factorise",
+    "Factorisation",
+    "DictionaryCode",
+    "CompensatedGrid",
+    "ActivationScaledSVD",
     "GPTQ",
     "OWL",
     "Account",

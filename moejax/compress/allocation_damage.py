@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
@@ -17,6 +16,7 @@ from moejax.calibrate import Accumulator, Statistics
 from moejax.compress.allocation import Grids, Plan, stored_experts
 from moejax.compress.block_weights import block_weights, expert_matrices, with_block_weights
 from moejax.compress.methods import Choice, FullPrecision
+from moejax.compress.text_windows import spread
 from moejax.core import MoejaxError, check_that, spec
 from moejax.data import EvalBatch
 from moejax.models import DecoderLM, ModelSpec, layers, with_layers
@@ -60,7 +60,7 @@ class DamageBudget:
     def decide(self, stats: Statistics, model: DecoderLM, grids: Grids) -> Plan:
         stored = stored_experts(model.spec)
         experts = [(layer, e) for layer, count in stored.items() for e in range(count)]
-        increase = _Increase(model, grids, _spread(stats.text, self.windows))
+        increase = _Increase(model, grids, spread(stats.text, self.windows, "DamageBudget"))
         down = _downwards(grids)
         importance = [increase({expert: down[-1]}) for expert in experts]
         order = [experts[i] for i in np.argsort(importance, kind="stable")]
@@ -172,30 +172,6 @@ def _nll(
     log_p_BxSxV = jax.nn.log_softmax(output.logits_BxSxV, axis=-1)
     nll_BxS = -jnp.take_along_axis(log_p_BxSxV, targets_BxS[..., None], axis=-1)[..., 0]
     return jnp.sum(jnp.where(mask_BxS, nll_BxS, 0))
-
-
-def _spread(text: Sequence[EvalBatch], windows: int) -> list[EvalBatch]:
-    """So many windows, evenly spread over the text, in batches of the size that the text has.
-
-    Texts lie one group after the other: the first windows alone would know of one group only.
-    """
-    rows = [(batch, row) for batch in text for row in np.flatnonzero(batch.mask_BxS.any(1))]
-    if not rows:
-        raise MoejaxError("DamageBudget has no calibration text.", "Calibrate on some text.")
-    chosen = np.linspace(0, len(rows) - 1, min(windows, len(rows))).round().astype(int)
-    height = min(len(chosen), max(len(batch.mask_BxS) for batch in text))
-    length = max(batch.mask_BxS.shape[1] for batch in text)
-    found = []
-    for first in range(0, len(chosen), height):
-        tokens, targets, mask = (
-            np.zeros((height, length), np.asarray(part).dtype) for part in text[0][:3]
-        )
-        for place, number in enumerate(chosen[first : first + height]):
-            batch, row = rows[number]
-            for part, given in zip((tokens, targets, mask), batch[:3], strict=True):
-                part[place, : given.shape[1]] = given[row]
-        found.append(EvalBatch(tokens, targets, mask, "all"))
-    return found
 
 
 def _downwards(grids: Grids) -> list[int]:

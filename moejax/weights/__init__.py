@@ -26,11 +26,14 @@ from moejax.weights.manifest import abstract_from_meta, flatten, format_meta, un
 # Formats
 from moejax.weights.buckets import Buckets
 from moejax.weights.codebook import Codebook, pack_codebook
-from moejax.weights.low_rank import LowRank, truncated_svd
+from moejax.weights.dictionary import DictionaryCoded, encode
+from moejax.weights.low_rank import LowRank, check_rank, truncated_svd
 from moejax.weights.packed import Packed, pack, pack_codes, unpack_codes
 from moejax.weights.row_patch import RowPatch, patch_rows
 from moejax.weights.sparse import NMSparse, Sparse, pack_nm, pack_sparse
 from moejax.weights.sums import Sum
+from moejax.weights.ternary import Ternary, TernaryRows
+from moejax.weights.transposed import Transposed
 
 # Grids: what quantizes
 from moejax.weights.clipping import ClippedGrid
@@ -46,12 +49,16 @@ from moejax.weights.sparsity import NOfM, Pattern, PerMatrix, PerOutput, check_p
 from moejax.weights.gptq_rounding import GPTQResult, gptq
 from moejax.weights.sparse_gpt import SparseGPTResult, sparse_gpt, strip_length
 
+# Factors
+from moejax.weights.factors import compensated, compensated_shapes, scaled_svd, whitened_svd
+
 __all__ = [
     "AsymmetricGrid",
     "BinaryGrid",
     "Buckets",
     "ClippedGrid",
     "Codebook",
+    "DictionaryCoded",
     "Format",
     "GPTQResult",
     "Grid",
@@ -69,12 +76,19 @@ __all__ = [
     "SparseGPTResult",
     "Sum",
     "SymmetricGrid",
+    "Ternary",
     "TernaryGrid",
+    "TernaryRows",
+    "Transposed",
     "abstract_from_meta",
     "bits_per_weight",
     "check_pattern",
+    "check_rank",
     "code_bits",
+    "compensated",
+    "compensated_shapes",
     "concatenate",
+    "encode",
     "flatten",
     "format_meta",
     "gptq",
@@ -91,6 +105,7 @@ __all__ = [
     "patch_rows",
     "register_format",
     "relative_error",
+    "scaled_svd",
     "shape",
     "sparse_gpt",
     "strip_length",
@@ -98,4 +113,5 @@ __all__ = [
     "truncated_svd",
     "unflatten",
     "unpack_codes",
+    "whitened_svd",
 ]

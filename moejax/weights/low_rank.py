@@ -14,23 +14,29 @@ from moejax_kernels.lowrank_grouped_matmul import lowrank_grouped_matmul
 from moejax.core.errors import SpecError
 from moejax.weights.format import (
     Format,
+    Weight,
+    concatenate,
+    logical_axes,
+    materialize,
     matmul,
     register_format,
     require,
     require_experts,
+    take,
 )
 
 
 @register_format
 @dataclass(frozen=True)
 class LowRank(Format):
-    """w = u @ v, with u: float [*lead, K, r] and v: float [*lead, r, N].
+    """w = u @ v, with u: [*lead, K, r] and v: [*lead, r, N], float arrays or weights in any format.
 
-    Products run through the factors; w itself is never built.
+    Products run through the factors; w itself is never built. Factors in a format, such as MiLo's
+    of 3 bits (arXiv:2504.02658), are decoded first: they are small beside w.
     """
 
-    u: Array
-    v: Array
+    u: Weight
+    v: Weight
 
     trainable: ClassVar[tuple[str, ...]] = ("u", "v")
 
@@ -43,15 +49,22 @@ class LowRank(Format):
         """Bits of both factors per weight of the product."""
         return 8 * self.nbytes / math.prod(self.shape)
 
+    @property
+    def factors(self) -> tuple[Array, Array]:
+        """u and v as arrays."""
+        u, v = (materialize(f) if isinstance(f, Format) else f for f in (self.u, self.v))
+        return u, v
+
     def materialize(self, dtype: Any = jnp.float32) -> Array:
-        return jnp.matmul(self.u, self.v, preferred_element_type=jnp.float32).astype(dtype)
+        u, v = self.factors
+        return jnp.matmul(u, v, preferred_element_type=jnp.float32).astype(dtype)
 
     def grouped_matmul(
         self, x_RxK: Array, group_sizes_G: Array, *, group_offset: int | Array = 0
     ) -> Array:
         require_experts(self)
         return lowrank_grouped_matmul(
-            x_RxK, self.u, self.v, group_sizes_G, group_offset=group_offset
+            x_RxK, *self.factors, group_sizes_G, group_offset=group_offset
         )
 
     def matmul(self, x: Array) -> Array:
@@ -60,7 +73,28 @@ class LowRank(Format):
 
     def axes(self, logical: Sequence[str | None]) -> dict[str, tuple[str | None, ...]]:
         *lead, inputs, outputs = logical
-        return {"u": (*lead, inputs, None), "v": (*lead, None, outputs)}
+        named = {
+            "u": logical_axes(self.u, (*lead, inputs, None)),
+            "v": logical_axes(self.v, (*lead, None, outputs)),
+        }
+        return {
+            f"{factor}.{leaf}" if leaf else factor: axes
+            for factor, leaves in named.items()
+            for leaf, axes in leaves.items()
+        }
+
+    def take(self, index: int | Array) -> LowRank:
+        return LowRank(take(self.u, index), take(self.v, index))
+
+    @classmethod
+    def concatenate(cls, weights: Sequence[Any]) -> Any:
+        ranks = sorted({weight.u.shape[-1] for weight in weights})
+        if len(ranks) > 1:
+            raise SpecError(
+                f"concatenate got LowRank weights of ranks {ranks}.",
+                "Put experts of different rank in Buckets.",
+            )
+        return LowRank(concatenate([w.u for w in weights]), concatenate([w.v for w in weights]))
 
     def check(self) -> None:
         u, v = tuple(self.u.shape), tuple(self.v.shape)
@@ -70,22 +104,33 @@ class LowRank(Format):
             f"u {list(u)} and v {list(v)} cannot be multiplied",
             "Give u [*lead, K, r] and v [*lead, r, N].",
         )
-        floats = all(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in (self.u, self.v))
-        require(floats, self, "the factors are not floats", "Store them as float16 or float32.")
+        for factor in (self.u, self.v):
+            if isinstance(factor, Format):
+                factor.check()
+                continue
+            floats = jnp.issubdtype(factor.dtype, jnp.floating)
+            require(floats, self, "the factors are not floats", "Store them as float16 or float32.")
 
 
-def truncated_svd(w: Array, rank: int, dtype: Any = jnp.float32) -> LowRank:
+def check_rank(rank: int, shape: Sequence[int], name: str = "") -> None:
+    """Raises SpecError, naming the matrix [*lead, K, N], unless 1 <= rank <= min(K, N)."""
+    inputs, columns = shape[-2:]
+    if not 1 <= rank <= min(inputs, columns):
+        of = f" {name}" if name else ""
+        raise SpecError(
+            f"rank = {rank} is impossible for the matrix{of}, {inputs} x {columns}.",
+            f"Choose 1 to {min(inputs, columns)}.",
+            field="rank",
+        )
+
+
+def truncated_svd(w: Array, rank: int, dtype: Any = jnp.float32, name: str = "") -> LowRank:
     """The best approximation of rank `rank` in Frobenius norm (Eckart-Young), batched over lead.
 
     The singular values are shared equally: u = U sqrt(S), v = sqrt(S) V^T, computed in float32.
-    Raises SpecError unless 1 <= rank <= min(K, N).
+    Raises SpecError, naming the matrix, unless 1 <= rank <= min(K, N).
     """
-    if not 1 <= rank <= min(w.shape[-2:]):
-        raise SpecError(
-            f"rank = {rank} is impossible for a matrix {w.shape[-2]} x {w.shape[-1]}.",
-            f"Choose 1 to {min(w.shape[-2:])}.",
-            field="rank",
-        )
+    check_rank(rank, w.shape, name)
     left, values, right = jnp.linalg.svd(w.astype(jnp.float32), full_matrices=False)
     root = jnp.sqrt(values[..., :rank])
     u, v = left[..., :rank] * root[..., None, :], right[..., :rank, :] * root[..., :, None]

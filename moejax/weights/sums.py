@@ -57,9 +57,9 @@ class Sum(Format):
     ) -> Array:
         require_experts(self)
         match self.terms:
-            case (Packed() as packed, LowRank(u, v)):  # one pass over the rows
+            case (Packed() as packed, LowRank() as term):  # one pass over the rows
                 return packed.grouped_matmul(
-                    x_RxK, group_sizes_G, group_offset=group_offset, addend=(u, v)
+                    x_RxK, group_sizes_G, group_offset=group_offset, addend=term.factors
                 )
         x = x_RxK.astype(jnp.promote_types(x_RxK.dtype, jnp.float32))
         parts = [

@@ -14,9 +14,14 @@ import numpy as np
 from moejax.weights import (
     Buckets,
     Codebook,
+    DictionaryCoded,
     LowRank,
     RowPatch,
     Sum,
+    Ternary,
+    TernaryRows,
+    Transposed,
+    encode,
     pack,
     pack_codebook,
     pack_nm,
@@ -121,6 +126,46 @@ def n_of_m(n, m):
     return build
 
 
+def transposed(lead, seed) -> tuple[Transposed, np.ndarray]:
+    generator = np.random.default_rng(seed)
+    v = jnp.asarray(_float(generator, *lead, 3, K, dtype="float16"))
+    u = jnp.asarray(_float(generator, *lead, N, 3, dtype="float16"))
+    return Transposed(LowRank(u, v)), np.swapaxes(np.float64(u) @ np.float64(v), -1, -2)
+
+
+def packed_factors(lead, seed) -> tuple[LowRank, np.ndarray]:
+    u, left = packed(3, 16, "uint8")(lead, seed)
+    generator = np.random.default_rng(seed + 50)
+    codes = generator.integers(0, 4, (*lead, 16, N))
+    scale = _float(generator, *lead, 1, N, dtype="float16")
+    right = (codes - np.float64(2)) * np.float64(scale)
+    v = Transposed(Transposed(pack(jnp.asarray(codes), jnp.asarray(scale), None, 2, 16)))
+    widened = LowRank(u, jnp.full((*lead, N, 16), 0.25, jnp.float16))
+    return LowRank(widened, v), left @ np.full((*lead, N, 16), 0.25) @ right
+
+
+def _ternary_parts(lead, seed):
+    generator = np.random.default_rng(seed)
+    codes = generator.choice(3, size=(*lead, K, N), p=(0.8, 0.1, 0.1))
+    low, high = (-np.abs(_float(generator, *lead, 1, N, dtype="float16")) for _ in range(2))
+    exact = np.where(codes == 1, -np.float64(high), np.where(codes == 2, np.float64(low), 0))
+    leaves = (jnp.asarray(codes), jnp.asarray(-high), jnp.asarray(low))
+    return TernaryRows().pack(*leaves), exact
+
+
+def ternary(lead, seed) -> tuple[Ternary, np.ndarray]:
+    return _ternary_parts(lead, seed)
+
+
+def dictionary(lead, seed) -> tuple[DictionaryCoded, np.ndarray]:
+    """Filled up to the most codewords that there could be: all of one length, whatever the seed."""
+    w, exact = _ternary_parts(lead, seed)
+    coded = encode(w)
+    missing = K // 2 * N - coded.codes.shape[-1]
+    fill = [(0, 0)] * len(lead) + [(0, missing)]
+    return DictionaryCoded(jnp.pad(coded.codes, fill), coded.low, coded.high, K), exact
+
+
 FORMATS: list[tuple[str, Builder]] = [
     ("dense", dense),
     ("packed_2_symmetric", packed(2, 16, None)),
@@ -133,6 +178,10 @@ FORMATS: list[tuple[str, Builder]] = [
     ("sparse", sparse),
     ("sparse_2_of_4", n_of_m(2, 4)),
     ("sparse_8_of_16", n_of_m(8, 16)),
+    ("transposed", transposed),
+    ("sum_of_packed_factors", sum_of(packed(3, 16, None), packed_factors)),
+    ("ternary", ternary),
+    ("dictionary", dictionary),
     ("row_patch", row_patch(packed(2, 16, "uint8"))),
     ("row_patch_of_sum", row_patch(sum_of(packed(3, 16, None), low_rank))),
 ]
