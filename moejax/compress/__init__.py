@@ -12,6 +12,13 @@ from moejax.compress.channel_patch import (
 )
 from moejax.compress.dynamic_skip import DynamicSkip
 from moejax.compress.expert_drop import ExpertDrop
+from moejax.compress.merge_experts import (
+    AlignedByWeights,
+    Alignment,
+    AsStored,
+    EqualWeights,
+    MergeExperts,
+)
 from moejax.compress.mixed_precision import MixedPrecision
 from moejax.compress.quantize import Quantize
 
@@ -50,6 +57,22 @@ from moejax.compress.expert_scores import (
     RoutedErrorScore,
 )
 
+# Which experts become one
+from moejax.compress.expert_features import (
+    ExpertFeatures,
+    LogitFeatures,
+    OutputFeatures,
+    RouterRowFeatures,
+    WeightFeatures,
+)
+from moejax.compress.grouping import (
+    DominantExperts,
+    GivenGroups,
+    Grouping,
+    HierarchicalClusters,
+    RandomGroups,
+)
+
 # Drivers
 from moejax.compress.driver import Sequential, StatisticsSource, Step, check_recipe, compress
 
@@ -57,34 +80,46 @@ from moejax.compress.driver import Sequential, StatisticsSource, Step, check_rec
 from moejax.compress.accounting import Account, account, payload, touched
 
 __all__ = [
-    "GPTQ",
     "Account",
+    "AlignedByWeights",
+    "Alignment",
     "Allocation",
+    "AsStored",
     "BitBudget",
     "BySensitivity",
     "ChannelPatch",
     "ChannelSelection",
     "Cost",
     "DamageBudget",
+    "DominantExperts",
     "DynamicSkip",
+    "EqualWeights",
     "Exhaustive",
     "ExpertDrop",
+    "ExpertFeatures",
     "ExpertScore",
     "Frequency",
     "FrequencyCost",
     "FullPrecision",
+    "GPTQ",
     "GateMassScore",
+    "GivenGroups",
     "GreedyUpgrades",
+    "Grouping",
+    "HierarchicalClusters",
     "IntegerProgram",
     "KurtosisScore",
     "LayerEdit",
     "LeaveOneOut",
+    "LogitFeatures",
     "MatrixEdit",
     "MeanProbability",
+    "MergeExperts",
     "Method",
     "MixedPrecision",
     "MultiDomainCost",
     "OutlierScore",
+    "OutputFeatures",
     "OutsidePass",
     "PMQCost",
     "Pass",
@@ -92,15 +127,18 @@ __all__ = [
     "Quantize",
     "RandomAllocation",
     "RandomChannels",
+    "RandomGroups",
     "RandomScore",
     "RankedExperts",
     "RoundToNearest",
     "RoutedError",
     "RoutedErrorScore",
+    "RouterRowFeatures",
     "Sequential",
     "StatisticsSource",
     "Step",
     "WeightError",
+    "WeightFeatures",
     "account",
     "check_recipe",
     "compress",

@@ -20,10 +20,10 @@ from moejax.calibrate import (
     LayerStream,
     Statistics,
 )
-from moejax.compress.ledger_rows import Rows, numbered
+from moejax.compress.ledger_rows import Lineage, Rows
 from moejax.compress.passes import LayerEdit, OutsidePass, Pass
 from moejax.compress.patterns import OUTSIDE, in_layer
-from moejax.core import keys, spec
+from moejax.core import SpecError, keys, spec
 from moejax.models import Block, DecoderLM, layers, parameters, with_layers, with_parameters
 from moejax.runs import Ledger, Progress
 
@@ -79,7 +79,7 @@ def compress(
     progress: advances by one per pass and layer.
     """
     check_recipe(recipe, model)
-    experts = [numbered(layer) for layer in model.spec.layers]
+    lineages = [Lineage.of(layer) for layer in model.spec.layers]
     known = Statistics.nothing(len(model.spec.layers))
     valid: set[Accumulator] = set()
     for number, step in enumerate(recipe):
@@ -100,9 +100,7 @@ def compress(
                 edit = treat(index, block, stats)
                 blocks.append(edit.block)
                 source.went(edit.block)
-                ledger.add(rows(index, source.tokens, stats).of_layer(block, edit, experts[index]))
-                if edit.experts is not None:
-                    experts[index] = [experts[index][e] for e in edit.experts]
+                ledger.add(rows(index, source.tokens, stats).of_layer(block, edit, lineages[index]))
                 if progress is not None:
                     progress.advance(1)
             tokens = source.tokens
@@ -126,8 +124,14 @@ def check_recipe(recipe: Sequence[Step], model: DecoderLM) -> None:
     graphdef, state = nnx.split(model)
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state)
     outlined = nnx.merge(graphdef, shapes)
-    for step in recipe:
-        outlined, _ = step.outline(outlined)
+    for number, step in enumerate(recipe, 1):
+        try:
+            outlined, _ = step.outline(outlined)
+        except SpecError as error:
+            if len(recipe) == 1:
+                raise
+            where = f"step {number} of the recipe, {type(step).__name__}: "
+            raise SpecError(where + error.problem, error.fix, field=error.field) from error
 
 
 def _treat(

@@ -41,11 +41,13 @@ class LayerEdit:
     """A block after a pass.
 
     experts: where the number or order of stored experts changed, the index that each had before.
+    merged_into: where experts were merged, for each expert before the one whose place theirs is.
     """
 
     block: Block
     matrices: tuple[MatrixEdit, ...] = ()
     experts: tuple[int, ...] | None = None
+    merged_into: tuple[int, ...] | None = None
 
 
 @runtime_checkable

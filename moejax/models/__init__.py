@@ -58,6 +58,7 @@ from moejax.models.generate import Greedy, Sample, generate
 
 # Edits
 from moejax.models.edits import permute_experts, select_experts, with_rule
+from moejax.models.merging import hidden_units, merge_experts, permute_hidden
 
 __all__ = [
     "AttentionSpec",
@@ -102,11 +103,14 @@ __all__ = [
     "flops_per_token",
     "forward",
     "generate",
+    "hidden_units",
     "init_state",
     "layers",
+    "merge_experts",
     "parameters",
     "partition",
     "permute_experts",
+    "permute_hidden",
     "project",
     "retyped",
     "select_experts",

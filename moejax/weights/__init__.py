@@ -38,6 +38,9 @@ from moejax.weights.hqq import HQQGrid
 from moejax.weights.quantize import AsymmetricGrid, Log2Grid, SymmetricGrid
 from moejax.weights.sign_grids import BinaryGrid, TernaryGrid
 
+# Hidden units in one order
+from moejax.weights.alignment import align, barycentre
+
 # Rounding that minds the inputs
 from moejax.weights.gptq_rounding import GPTQResult, gptq
 
@@ -59,6 +62,8 @@ __all__ = [
     "SymmetricGrid",
     "TernaryGrid",
     "abstract_from_meta",
+    "align",
+    "barycentre",
     "bits_per_weight",
     "code_bits",
     "concatenate",

@@ -7,6 +7,14 @@ from moejax.config import load_config
 from moejax.runs import Ledger, RunFolder, StudyResult
 
 
+NANO = (
+    "SavedModel.path = 'nano'",
+    "Text.bytes_per_group = 16384",
+    "calibration/Text.skip_bytes = 16384",
+)
+"""A study of the reference model on nano and little text."""
+
+
 class Ran:
     """What a system's study found: `result` and `ledger`."""
 
