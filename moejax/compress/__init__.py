@@ -1,9 +1,10 @@
 """Compression: passes that change formats and specs of a model, and the drivers that run them."""
 
 # What a pass is
-from moejax.compress.passes import LayerEdit, MatrixEdit, OutsidePass, Pass
+from moejax.compress.passes import LayerEdit, MatrixEdit, OutsidePass, Pass, Stage
 
 # Passes
+from moejax.compress.adapters import AddAdapters
 from moejax.compress.channel_patch import (
     BySensitivity,
     ChannelPatch,
@@ -81,6 +82,7 @@ from moejax.compress.accounting import Account, account, payload, touched
 
 __all__ = [
     "Account",
+    "AddAdapters",
     "AlignedByWeights",
     "Alignment",
     "Allocation",
@@ -135,6 +137,7 @@ __all__ = [
     "RoutedErrorScore",
     "RouterRowFeatures",
     "Sequential",
+    "Stage",
     "StatisticsSource",
     "Step",
     "WeightError",

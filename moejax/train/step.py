@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import optax
+from flax import nnx
 from jax import Array
 
 from moejax.core import SpecError, keys
-from moejax.models import DecoderLM, Structure, combine, encode, partition
+from moejax.models import DecoderLM, ModelSpec, Structure, combine, encode, partition
 from moejax.models.block import run_length
 from moejax.models.partition import Leaves
 from moejax.moe import RouterLoss
-from moejax.train.objective import best_chunk, cross_entropy, output_table
+from moejax.train.objectives import CrossEntropy, Objective, Passed, check_objective
 from moejax.train.optimizer import Optimizer, is_matrix
 
 
@@ -36,7 +38,8 @@ class TrainState:
 class StepMetrics:
     """What a step says, on the device until someone asks.
 
-    loss: mean nats per token. objective: loss and router losses. router_losses: by class name.
+    loss: of the objective, mean nats per token for `CrossEntropy`. objective: loss and router
+    losses. router_losses: by class name.
     counts: per MoE layer, assignments of each router expert, float32 [E].
     """
 
@@ -74,6 +77,9 @@ def train_step(
     accumulate: int = 1,
     dtype: Any = jnp.float32,
     seed: int = 0,
+    objective: Objective = CrossEntropy(),
+    teacher: DecoderLM | None = None,
+    through: Callable[[Leaves], Leaves] = lambda trainable: trainable,
 ) -> Step:
     """A jitted `(state, tokens_BxS1) -> (state, metrics)` that donates its state.
 
@@ -83,17 +89,32 @@ def train_step(
     means over micro-batches, so that a bias rule moves by its rate once per step.
     dtype: of activations and of the matrices in a product; parameters, gradients, routers and
     optimizer state stay float32.
+    teacher: a model that stays as it is, for an objective that `teaches`; SpecError where it asks
+    one that is not there, or that it cannot be compared with. through: what the forward pass sees
+    of the trainable leaves, `straight_through` for codes.
     """
     rule = optimizer.transformation(steps)
+    student_spec = _spec(structure)
+    check_objective(objective, student_spec, None if teacher is None else teacher.spec)
+    taught = partition(teacher, lambda name: False) if teacher and objective.teaches else None
 
-    def objective(
-        trainable: Leaves, frozen: Leaves, tokens_BxS1: Array, key: Array
+    def minimised(
+        trainable: Leaves,
+        frozen: Leaves,
+        tokens_BxS1: Array,
+        key: Array,
+        number: Array,
+        known: Leaves | None,
     ) -> tuple[Array, dict[str, Any]]:
-        model = combine(structure, in_compute_dtype(trainable, dtype), frozen)
-        encoding = encode(model, tokens_BxS1[:, :-1], train=True, key=key, dtype=dtype)
-        hidden_TxD = encoding.hidden_BxSxD.reshape(-1, encoding.hidden_BxSxD.shape[-1])
+        model = combine(structure, in_compute_dtype(through(trainable), dtype), frozen)
+        seen_BxS, asked = tokens_BxS1[:, :-1], objective.request
+        encoding = encode(model, seen_BxS, train=True, key=key, request=asked, dtype=dtype)
+        passed = None
+        if taught is not None and known is not None:
+            teaching = combine(taught[0], {}, known)
+            passed = Passed(teaching, encode(teaching, seen_BxS, request=asked, dtype=dtype))
         target_T = tokens_BxS1[:, 1:].reshape(-1)
-        loss = cross_entropy(hidden_TxD, output_table(model, dtype), target_T, best_chunk())
+        loss = objective(Passed(model, encoding), passed, target_T, number)
         routings = tuple(r for r in encoding.routings if r is not None)
         router: dict[str, Array] = {}
         for term in losses if routings else ():
@@ -107,14 +128,18 @@ def train_step(
         }
         return jnp.asarray(loss) + sum(router.values()), seen
 
-    gradient = jax.value_and_grad(objective, has_aux=True)
+    gradient = jax.value_and_grad(minimised, has_aux=True)
 
-    def step(state: TrainState, tokens_BxS1: Array) -> tuple[TrainState, StepMetrics]:
+    def step(
+        state: TrainState, tokens_BxS1: Array, known: Leaves | None = None
+    ) -> tuple[TrainState, StepMetrics]:
         key = keys.fold(jax.random.key(seed), state.step)
         parts = _micro_batches(tokens_BxS1, accumulate)
 
         def one(index: Array) -> tuple[tuple[Array, dict], Leaves]:
-            return gradient(state.trainable, state.frozen, parts[index], keys.fold(key, index))
+            drawn = keys.fold(key, index)
+            leaves = (state.trainable, state.frozen)
+            return gradient(*leaves, parts[index], drawn, state.step, known)
 
         total = _sum(one, accumulate)
         (value, seen), gradients = jax.tree.map(lambda a: a / accumulate, total)
@@ -136,7 +161,14 @@ def train_step(
         )
         return after, metrics
 
-    return jax.jit(step, donate_argnums=0)
+    jitted = jax.jit(step, donate_argnums=0)
+    return jitted if taught is None else functools.partial(jitted, known=taught[2])
+
+
+def _spec(structure: Structure) -> ModelSpec:
+    """What model the leaves of a structure are of."""
+    leaves = [jax.ShapeDtypeStruct((), jnp.float32)] * len(structure.names)
+    return nnx.merge(structure.graphdef, jax.tree.unflatten(structure.tree, leaves)).spec
 
 
 def in_compute_dtype(trainable: Leaves, dtype: Any) -> Leaves:

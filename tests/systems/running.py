@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from moejax.config import load_config
 from moejax.runs import Ledger, RunFolder, StudyResult
 
-
 NANO = (
     "SavedModel.path = 'nano'",
     "Text.bytes_per_group = 16384",
