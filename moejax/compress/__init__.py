@@ -13,6 +13,7 @@ from moejax.compress.channel_patch import (
 )
 from moejax.compress.dynamic_skip import DynamicSkip
 from moejax.compress.expert_drop import ExpertDrop
+from moejax.compress.gather_experts import GatherExperts
 from moejax.compress.merge_experts import (
     AlignedByWeights,
     Alignment,
@@ -22,6 +23,16 @@ from moejax.compress.merge_experts import (
 )
 from moejax.compress.mixed_precision import MixedPrecision
 from moejax.compress.quantize import Quantize
+
+from moejax.compress.share_base import (
+    Barycentre,
+    Centre,
+    FirstExpert,
+    LowRankResidual,
+    PlainMean,
+    Residual,
+    ShareBase,
+)
 
 # How a matrix goes onto a grid
 from moejax.compress.methods import GPTQ, FullPrecision, Method, RoundToNearest
@@ -74,6 +85,17 @@ from moejax.compress.grouping import (
     RandomGroups,
 )
 
+# What a dense student takes over from experts
+from moejax.compress.gathering import (
+    DrawnAnew,
+    Gathering,
+    MeanOfExperts,
+    OneExpert,
+    SingularVectors,
+    SumOfExperts,
+    TopUnits,
+)
+
 # Drivers
 from moejax.compress.driver import Sequential, StatisticsSource, Step, check_recipe, compress
 
@@ -87,24 +109,30 @@ __all__ = [
     "Alignment",
     "Allocation",
     "AsStored",
+    "Barycentre",
     "BitBudget",
     "BySensitivity",
+    "Centre",
     "ChannelPatch",
     "ChannelSelection",
     "Cost",
     "DamageBudget",
     "DominantExperts",
+    "DrawnAnew",
     "DynamicSkip",
     "EqualWeights",
     "Exhaustive",
     "ExpertDrop",
     "ExpertFeatures",
     "ExpertScore",
+    "FirstExpert",
     "Frequency",
     "FrequencyCost",
     "FullPrecision",
     "GPTQ",
     "GateMassScore",
+    "GatherExperts",
+    "Gathering",
     "GivenGroups",
     "GreedyUpgrades",
     "Grouping",
@@ -114,17 +142,21 @@ __all__ = [
     "LayerEdit",
     "LeaveOneOut",
     "LogitFeatures",
+    "LowRankResidual",
     "MatrixEdit",
+    "MeanOfExperts",
     "MeanProbability",
     "MergeExperts",
     "Method",
     "MixedPrecision",
     "MultiDomainCost",
+    "OneExpert",
     "OutlierScore",
     "OutputFeatures",
     "OutsidePass",
     "PMQCost",
     "Pass",
+    "PlainMean",
     "Problem",
     "Quantize",
     "RandomAllocation",
@@ -132,14 +164,19 @@ __all__ = [
     "RandomGroups",
     "RandomScore",
     "RankedExperts",
+    "Residual",
     "RoundToNearest",
     "RoutedError",
     "RoutedErrorScore",
     "RouterRowFeatures",
     "Sequential",
+    "ShareBase",
+    "SingularVectors",
     "Stage",
     "StatisticsSource",
     "Step",
+    "SumOfExperts",
+    "TopUnits",
     "WeightError",
     "WeightFeatures",
     "account",

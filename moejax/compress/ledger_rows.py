@@ -80,7 +80,15 @@ class Rows:
             weight = weights.take(after[matrix.matrix], place[matrix.expert]) if kept else None
             number = experts[matrix.expert]
             whole = dataclasses.replace(matrix, lineage=lineage.past.get(number, ()))
-            rows.append(self.of_matrix(whole, number, weight))
+            row = self.of_matrix(whole, number, weight)
+            shared = after[matrix.matrix]
+            if kept and isinstance(shared, weights.Format) and shared.common:
+                # What experts share is counted once, with the first of them.
+                own = place[matrix.expert] > 0
+                row = dataclasses.replace(
+                    row, stored_bytes=(row.stored_bytes or 0) - own * shared.common_nbytes
+                )
+            rows.append(row)
         return rows
 
     def of_matrix(self, edit: MatrixEdit, number: int | None, weight: Weight | None) -> LedgerRow:

@@ -29,6 +29,7 @@ from moejax.weights.codebook import Codebook, pack_codebook
 from moejax.weights.low_rank import LowRank, truncated_svd
 from moejax.weights.packed import Packed, pack, pack_codes, unpack_codes
 from moejax.weights.row_patch import RowPatch, patch_rows
+from moejax.weights.shared_base import SharedBase
 from moejax.weights.sums import Sum
 
 # Grids: what quantizes
@@ -58,6 +59,7 @@ __all__ = [
     "LowRank",
     "Packed",
     "RowPatch",
+    "SharedBase",
     "Sum",
     "SymmetricGrid",
     "TernaryGrid",
