@@ -103,6 +103,24 @@ class CoActivation(_OfRouting):
 
 
 @spec
+class LogitGram(_OfRouting):
+    """Sum over tokens of l_i l_j, the router's logits of each pair of experts: float64 [E, E].
+
+    Experts whose logits over the text point the same way are grouped by M-SMoE (arXiv:2310.01334).
+    """
+
+    name = "logit_gram"
+
+    def shape(self, ffn: MoESpec) -> tuple[int, ...]:
+        return (ffn.experts, ffn.experts)
+
+    def of_batch(self, routing: Routing, mask_T: Array) -> Array:
+        logits_TxE = jnp.where(mask_T[:, None], routing.logits_TxE, 0)
+        exact = jax.lax.Precision.HIGHEST
+        return jnp.einsum("ti,tj->ij", logits_TxE, logits_TxE, precision=exact)
+
+
+@spec
 class GateRatios(_OfRouting):
     """Histogram of g_(2) / g_(1), second to largest gate of a token: int64 [bins] over [0, 1].
 

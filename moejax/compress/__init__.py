@@ -1,9 +1,10 @@
 """Compression: passes that change formats and specs of a model, and the drivers that run them."""
 
 # What a pass is
-from moejax.compress.passes import LayerEdit, MatrixEdit, OutsidePass, Pass
+from moejax.compress.passes import LayerEdit, MatrixEdit, OutsidePass, Pass, Stage
 
 # Passes
+from moejax.compress.adapters import AddAdapters
 from moejax.compress.channel_patch import (
     BySensitivity,
     ChannelPatch,
@@ -14,6 +15,7 @@ from moejax.compress.dictionary_code import DictionaryCode
 from moejax.compress.dynamic_skip import DynamicSkip
 from moejax.compress.expert_drop import ExpertDrop
 from moejax.compress.factorise import Factorise
+from moejax.compress.gather_experts import GatherExperts
 from moejax.compress.global_drop import GlobalExpertDrop
 from moejax.compress.layer_drop import (
     Consecutive,
@@ -26,11 +28,28 @@ from moejax.compress.layer_drop import (
     RoutedLayer,
     WholeBlock,
 )
+from moejax.compress.merge_experts import (
+    AlignedByWeights,
+    Alignment,
+    AsStored,
+    EqualWeights,
+    MergeExperts,
+)
 from moejax.compress.mixed_precision import MixedPrecision
 from moejax.compress.quantize import Quantize
 from moejax.compress.searched_drop import SearchedDrop
 from moejax.compress.sparsify import Sparsify
 from moejax.compress.subset_drop import SubsetDrop
+
+from moejax.compress.share_base import (
+    Barycentre,
+    Centre,
+    FirstExpert,
+    LowRankResidual,
+    PlainMean,
+    Residual,
+    ShareBase,
+)
 
 # How a matrix goes onto a grid
 from moejax.compress.methods import GPTQ, FullPrecision, Method, RoundToNearest
@@ -100,6 +119,34 @@ from moejax.compress.expert_scores import (
 from moejax.compress.genetic import GeneticSearch
 from moejax.compress.loss_scores import LossIncrease, ModelScore
 
+
+# Which experts become one
+from moejax.compress.expert_features import (
+    ExpertFeatures,
+    LogitFeatures,
+    OutputFeatures,
+    RouterRowFeatures,
+    WeightFeatures,
+)
+from moejax.compress.grouping import (
+    DominantExperts,
+    GivenGroups,
+    Grouping,
+    HierarchicalClusters,
+    RandomGroups,
+)
+
+# What a dense student takes over from experts
+from moejax.compress.gathering import (
+    DrawnAnew,
+    Gathering,
+    MeanOfExperts,
+    OneExpert,
+    SingularVectors,
+    SumOfExperts,
+    TopUnits,
+)
+
 # Drivers
 from moejax.compress.driver import Sequential, StatisticsSource, Step, check_recipe, compress
 
@@ -107,88 +154,120 @@ from moejax.compress.driver import Sequential, StatisticsSource, Step, check_rec
 from moejax.compress.accounting import Account, account, payload, touched
 
 __all__ = [
-    "WhitenedSVD",
-    "UniformRank",
-    "SearchedDrop",
-    "RankPolicy",
-    "RankBudget",
-    "ProportionalRanks",
-    "PlainSVD",
-    "ModelScore",
-    "LowRankAndRows",
-    "LossIncrease",
-    "KurtosisRanks",
-    "GeneticSearch",
-    "Factorise",
-    "Factorisation",
-    "DictionaryCode",
-    "CompensatedGrid",
-    "ActivationScaledSVD",
-    "GPTQ",
-    "OWL",
     "Account",
+    "ActivationScaledSVD",
+    "AddAdapters",
+    "AlignedByWeights",
+    "Alignment",
     "Allocation",
+    "AsStored",
+    "Barycentre",
     "BitBudget",
     "BySensitivity",
+    "Centre",
     "ChannelPatch",
     "ChannelSelection",
+    "CompensatedGrid",
     "Consecutive",
     "Cost",
     "DamageBudget",
+    "DictionaryCode",
+    "DominantExperts",
+    "DrawnAnew",
     "DynamicSkip",
+    "EqualWeights",
     "Exhaustive",
     "ExhaustiveSubsets",
     "ExpertDrop",
+    "ExpertFeatures",
     "ExpertScore",
+    "Factorisation",
+    "Factorise",
+    "FirstExpert",
     "Frequency",
     "FrequencyCost",
     "FullPrecision",
+    "GPTQ",
     "GateMassScore",
+    "GatherExperts",
+    "Gathering",
+    "GeneticSearch",
     "GeneticSubsets",
+    "GivenGroups",
     "GlobalExpertDrop",
     "GreedySubsets",
     "GreedyUpgrades",
+    "Grouping",
+    "HierarchicalClusters",
     "IntegerProgram",
+    "KurtosisRanks",
     "KurtosisScore",
     "LayerChoice",
     "LayerDrop",
     "LayerEdit",
     "LayerPatterns",
     "LeaveOneOut",
+    "LogitFeatures",
+    "LossIncrease",
+    "LowRankAndRows",
+    "LowRankResidual",
     "Magnitude",
     "MatrixEdit",
+    "MeanOfExperts",
     "MeanProbability",
+    "MergeExperts",
     "Method",
     "MixedPrecision",
     "MixerLayer",
+    "ModelScore",
     "MostSimilar",
     "MultiDomainCost",
+    "OWL",
+    "OneExpert",
     "OutlierScore",
+    "OutputFeatures",
     "OutsidePass",
     "PMQCost",
     "Part",
     "Pass",
+    "PlainMean",
+    "PlainSVD",
     "Problem",
+    "ProportionalRanks",
     "PruningMethod",
     "Quantize",
     "RandomAllocation",
     "RandomChannels",
+    "RandomGroups",
     "RandomLayers",
     "RandomScore",
+    "RankBudget",
+    "RankPolicy",
     "RankedExperts",
+    "Residual",
     "RoundToNearest",
     "RoutedError",
     "RoutedErrorScore",
     "RoutedLayer",
+    "RouterRowFeatures",
+    "SearchedDrop",
     "Sequential",
+    "ShareBase",
+    "SingularVectors",
     "SparseGPT",
     "Sparsify",
+    "Stage",
     "StatisticsSource",
     "Step",
     "SubsetDrop",
     "SubsetSearch",
+    "SumOfExperts",
+    "TopUnits",
+    "UniformRank",
     "Wanda",
     "WeightError",
+    "WeightFeatures",
+    "WhitenedSVD",
     "WholeBlock",
     "account",
     "check_recipe",

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import tempfile
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import jax
@@ -20,10 +22,10 @@ from moejax.calibrate import (
     LayerStream,
     Statistics,
 )
-from moejax.compress.ledger_rows import Rows, numbered
-from moejax.compress.passes import LayerEdit, OutsidePass, Pass
+from moejax.compress.ledger_rows import Lineage, Rows
+from moejax.compress.passes import LayerEdit, OutsidePass, Pass, Stage
 from moejax.compress.patterns import OUTSIDE, in_layer
-from moejax.core import keys, spec
+from moejax.core import SpecError, keys, spec
 from moejax.models import Block, DecoderLM, layers, parameters, with_layers, with_parameters
 from moejax.runs import Ledger, Progress
 
@@ -55,7 +57,7 @@ class Sequential:
         return self.step.outline(model)
 
 
-Step = Pass | Sequential
+Step = Pass | Sequential | Stage
 
 
 def compress(
@@ -68,6 +70,7 @@ def compress(
     ledger: Ledger,
     dtype: Any = jnp.bfloat16,
     progress: Progress | None = None,
+    folder: Path | None = None,
 ) -> DecoderLM:
     """The model after every pass of `recipe` in turn; the given model stays as it is.
 
@@ -76,13 +79,20 @@ def compress(
     `Sequential` streams the text through the layers instead.
     ledger: gets a row per expert and matrix of each pass under the name `arm`, with layers and
     experts numbered as in the given model. dtype: in which plain arrays will be saved.
-    progress: advances by one per pass and layer.
+    progress: advances by one per pass and layer. folder: in which stages such as a recovery keep
+    what they write, a folder per step; a temporary one where it is None.
     """
+    original = model
     check_recipe(recipe, model)
-    experts = [numbered(layer) for layer in model.spec.layers]
+    lineages = [Lineage.of(layer) for layer in model.spec.layers]
     known = Statistics.nothing(len(model.spec.layers))
     valid: set[Accumulator] = set()
     for number, step in enumerate(recipe):
+        if isinstance(step, Stage):
+            with _place(folder, number) as place:
+                model = step.run(model, original, place)
+            valid = set()
+            continue
         found = _asked(step, model)
         if not valid >= set(found):
             missing = _wanted(recipe[number:], valid, model)
@@ -100,9 +110,7 @@ def compress(
                 edit = treat(index, block, stats)
                 blocks.append(edit.block)
                 source.went(edit.block)
-                ledger.add(rows(index, source.tokens, stats).of_layer(block, edit, experts[index]))
-                if edit.experts is not None:
-                    experts[index] = [experts[index][e] for e in edit.experts]
+                ledger.add(rows(index, source.tokens, stats).of_layer(block, edit, lineages[index]))
                 if progress is not None:
                     progress.advance(1)
             tokens = source.tokens
@@ -126,8 +134,16 @@ def check_recipe(recipe: Sequence[Step], model: DecoderLM) -> None:
     graphdef, state = nnx.split(model)
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state)
     outlined = nnx.merge(graphdef, shapes)
-    for step in recipe:
-        outlined, _ = step.outline(outlined)
+    for number, step in enumerate(recipe, 1):
+        try:
+            if isinstance(step, Stage):
+                step.compares(outlined.spec, model.spec)
+            outlined, _ = step.outline(outlined)
+        except SpecError as error:
+            if len(recipe) == 1:
+                raise
+            where = f"step {number} of the recipe, {type(step).__name__}: "
+            raise SpecError(where + error.problem, error.fix, field=error.field) from error
 
 
 def _treat(
@@ -136,8 +152,22 @@ def _treat(
     return step.apply_layer(index, block, plan, stats, keys.fold(key, index))
 
 
+@contextlib.contextmanager
+def _place(folder: Path | None, number: int) -> Iterator[Path]:
+    """A folder for a stage."""
+    if folder is None:
+        with tempfile.TemporaryDirectory() as place:
+            yield Path(place)
+        return
+    place = folder / str(number)
+    place.mkdir(parents=True, exist_ok=True)
+    yield place
+
+
 def _asked(step: Step, model: DecoderLM) -> tuple[Accumulator, ...]:
     """What must be known of the whole model before a pass."""
+    if isinstance(step, Stage):
+        return ()
     if isinstance(step, Sequential):
         return step.step.needs(model.spec)
     return (*step.needs(model.spec), *step.layer_needs(model.spec), *_LEDGER)
@@ -147,12 +177,17 @@ def _wanted(
     passes: Sequence[Step], valid: set[Accumulator], model: DecoderLM
 ) -> tuple[Accumulator, ...]:
     """What is not known yet of the model before the first of these passes, and holds until used."""
-    inner = [step.step if isinstance(step, Sequential) else step for step in passes]
+    until = next((i for i, step in enumerate(passes) if isinstance(step, Stage)), len(passes))
+    inner = [step.step if isinstance(step, Sequential) else step for step in passes[:until]]
     needed = [
         accumulator
-        for i, step in enumerate(passes)
+        for i, step in enumerate(passes[:until])
         for accumulator in _asked(step, model)
-        if not any(earlier.invalidates(accumulator) for earlier in inner[:i])
+        if not any(
+            earlier.invalidates(accumulator)
+            for earlier in inner[:i]
+            if not isinstance(earlier, Stage)
+        )
     ]
     return tuple(dict.fromkeys(a for a in needed if a not in valid))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from dataclasses import dataclass
 from typing import Any
 
 from moejax import weights
@@ -9,9 +11,46 @@ from moejax.calibrate import ExpertCounts, GateMass, LayerStatistics
 from moejax.compress.accounting import stored_bytes, stored_code_bits
 from moejax.compress.block_weights import block_weights
 from moejax.compress.passes import LayerEdit, MatrixEdit, Weight
+from moejax.compress.slots import stored_sums
 from moejax.models import Block, LayerSpec
 from moejax.moe import MoESpec
 from moejax.runs import LedgerRow
+from moejax.runs.ledger import MERGED
+
+
+@dataclass
+class Lineage:
+    """The stored experts of a layer as passes go over it.
+
+    experts: the number that each has in the first model. past: number -> what became of it so far.
+    """
+
+    experts: list[int]
+    past: dict[int, tuple[str, ...]]
+
+    @staticmethod
+    def of(layer: LayerSpec) -> Lineage:
+        """Before any pass."""
+        stored = layer.ffn.stored if isinstance(layer.ffn, MoESpec) else 0
+        return Lineage(list(range(stored)), {})
+
+    def went(self, edit: LayerEdit) -> None:
+        """Takes in what a pass did to the layer."""
+        for expert, head in enumerate(edit.merged_into or ()):
+            number, into = self.experts[expert], self.experts[head]
+            if number != into:
+                self._add(number, f"{MERGED} into {into}")
+                self._add(into, f"{MERGED} with {number}")
+        for matrix in edit.matrices:
+            if matrix.expert is not None and matrix.lineage:
+                number = self.experts[matrix.expert]
+                done = self.past.get(number, ())
+                self.past[number] = done + tuple(x for x in matrix.lineage if x not in done)
+        if edit.experts is not None:
+            self.experts = [self.experts[e] for e in edit.experts]
+
+    def _add(self, number: int, entry: str) -> None:
+        self.past[number] = (*self.past.get(number, ()), entry)
 
 
 class Rows:
@@ -23,11 +62,12 @@ class Rows:
         self.arm, self.name, self.dtype = arm, name, dtype
         self.layer, self.tokens, self.found = layer, tokens, found
 
-    def of_layer(self, before: Block, edit: LayerEdit, experts: list[int]) -> list[LedgerRow]:
-        """experts: the number in the first model of each expert before the edit."""
-        if _behind_slots(before):
-            # Statistics number the router's experts, the ledger the stored ones.
-            self.found = {}
+    def of_layer(self, before: Block, edit: LayerEdit, lineage: Lineage) -> list[LedgerRow]:
+        """lineage: of the experts before the edit, which it takes in."""
+        experts = list(lineage.experts)
+        lineage.went(edit)
+        if isinstance(before.spec.ffn, MoESpec):
+            self.found = _of_stored(before, self.found)
         after = block_weights(edit.block)
         places = range(len(experts)) if edit.experts is None else edit.experts
         place = {expert: i for i, expert in enumerate(places)}
@@ -38,7 +78,17 @@ class Rows:
                 continue
             kept = matrix.expert in place
             weight = weights.take(after[matrix.matrix], place[matrix.expert]) if kept else None
-            rows.append(self.of_matrix(matrix, experts[matrix.expert], weight))
+            number = experts[matrix.expert]
+            whole = dataclasses.replace(matrix, lineage=lineage.past.get(number, ()))
+            row = self.of_matrix(whole, number, weight)
+            shared = after[matrix.matrix]
+            if kept and isinstance(shared, weights.Format) and shared.common:
+                # What experts share is counted once, with the first of them.
+                own = place[matrix.expert] > 0
+                row = dataclasses.replace(
+                    row, stored_bytes=(row.stored_bytes or 0) - own * shared.common_nbytes
+                )
+            rows.append(row)
         return rows
 
     def of_matrix(self, edit: MatrixEdit, number: int | None, weight: Weight | None) -> LedgerRow:
@@ -73,11 +123,11 @@ class Rows:
         return int(counts[expert]), float(mass[expert])
 
 
-def _behind_slots(block: Block) -> bool:
-    ffn = block.spec.ffn
-    return isinstance(ffn, MoESpec) and ffn.slots is not None
-
-
-def numbered(layer: LayerSpec) -> list[int]:
-    """The stored experts of a layer before any pass."""
-    return list(range(layer.ffn.stored)) if isinstance(layer.ffn, MoESpec) else []
+def _of_stored(block: Block, found: LayerStatistics) -> LayerStatistics:
+    """Counts and masses of stored experts, where they can be known from those of the router's."""
+    sums = {
+        name: stored_sums(block, found[name])
+        for name in (ExpertCounts.name, GateMass.name)
+        if name in found
+    }
+    return {name: values for name, values in sums.items() if values is not None}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from jax import Array
@@ -41,11 +42,13 @@ class LayerEdit:
     """A block after a pass.
 
     experts: where the number or order of stored experts changed, the index that each had before.
+    merged_into: where experts were merged, for each expert before the one whose place theirs is.
     """
 
     block: Block
     matrices: tuple[MatrixEdit, ...] = ()
     experts: tuple[int, ...] | None = None
+    merged_into: tuple[int, ...] | None = None
 
 
 @runtime_checkable
@@ -90,6 +93,26 @@ class OutsidePass(Pass, Protocol):
         self, named: Mapping[str, Weight], plan: Any, key: Array
     ) -> tuple[dict[str, Weight], tuple[MatrixEdit, ...]]:
         """The changed ones of the weights `named`, and what was done to them."""
+        ...
+
+
+@runtime_checkable
+class Stage(Protocol):
+    """A step of a recipe that is no pass: it takes the whole model and trains it, for instance."""
+
+    def outline(self, model: DecoderLM) -> tuple[DecoderLM, tuple[str, ...]]:
+        """As that of a `Pass`."""
+        ...
+
+    def compares(self, model: ModelSpec, original: ModelSpec) -> None:
+        """Raises SpecError where it cannot bring this model nearer to the one of the arm."""
+        ...
+
+    def run(self, model: DecoderLM, original: DecoderLM, folder: Path) -> DecoderLM:
+        """The model after it. original: what the recipe began with, not to be changed.
+
+        folder: for what it writes as it goes; a run that was cut off is resumed from there.
+        """
         ...
 
 

@@ -23,8 +23,9 @@ from moejax.files import cache_root, content_hash
 from moejax.jobs.expectations import Expectation
 from moejax.jobs.model_source import ModelSource
 from moejax.jobs.plan import Plan, plan_arms
+from moejax.jobs.recover import texts
 from moejax.jobs.text import Text
-from moejax.models import DecoderLM
+from moejax.models import DecoderLM, parameters, retyped, with_parameters
 from moejax.report import build_report, print_summary
 from moejax.runs import ArmResult, Ledger, RunFolder, StudyResult, progress
 from moejax.trace import TraceRecorder, TraceWriter, layout_of
@@ -140,6 +141,8 @@ def run_study(folder: RunFolder, study: Study) -> dict[str, DecoderLM]:
         check_recipe(arm.recipe, loaded[arm.model])
     if any(arm.recipe for arm in study.arms):
         _check_apart(study.text, study.calibration)
+    for text in dict.fromkeys(text for arm in study.arms for text in texts(arm.recipe)):
+        _check_apart(study.text, text)
     batches, group_bytes = study.text.batches(tokenizer)
     statistics = Calibration(
         study.calibration.batches(tokenizer)[0], cache=cache_root() / "statistics"
@@ -148,11 +151,18 @@ def run_study(folder: RunFolder, study: Study) -> dict[str, DecoderLM]:
     key = jax.random.key(study.seed)
     models: dict[str, DecoderLM] = {}
     seconds: dict[str, float] = {}
-    for arm in progress(study.arms, "compress", "arms"):
+    for number, arm in enumerate(progress(study.arms, "compress", "arms")):
         began = time.perf_counter()
-        models[arm.name] = compress(
-            loaded[arm.model], arm.recipe, statistics, key=key, arm=arm.name, ledger=ledger
+        made = compress(
+            loaded[arm.model],
+            arm.recipe,
+            statistics,
+            key=key,
+            arm=arm.name,
+            ledger=ledger,
+            folder=folder.path / "stages" / str(number),
         )
+        models[arm.name] = _as_saved(made)
         seconds[arm.name] = time.perf_counter() - began
     ledger.save(folder.ledger_path)
     bases = {arm.name: arm.base for arm in study.arms}
@@ -206,6 +216,12 @@ def _recorder(
     return TraceRecorder(TraceWriter(folder.traces / arm.name, layout))
 
 
+def _as_saved(model: DecoderLM) -> DecoderLM:
+    """Plain weights that a pass made anew, rounded to what will be stored."""
+    rounded = retyped(parameters(model), STORED)
+    return with_parameters(model.spec, retyped(rounded, jnp.float32))
+
+
 def _common_tokenizer(sources: Sequence[ModelSource]) -> Tokenizer:
     """The tokenizer of all models; ConfigError if they differ, or one was trained with another."""
     first = sources[0].tokenizer()
@@ -222,13 +238,14 @@ def _common_tokenizer(sources: Sequence[ModelSource]) -> Tokenizer:
 
 
 def _check_apart(text: Text, calibration: Text) -> None:
-    """ConfigError if a document is both evaluated and calibrated on."""
+    """ConfigError if a document is both evaluated and calibrated or trained on."""
     for group in set(text.corpus.groups) & set(calibration.corpus.groups):
         both = set(text.documents(group)) & set(calibration.documents(group))
         if both:
             raise ConfigError(
-                f"{len(both)} documents of {group} are in Study.text and in Study.calibration.",
-                "Calibrate on another split, or skip_bytes past the evaluated text.",
+                f"{len(both)} documents of {group} are in Study.text and in the text that a recipe "
+                "calibrates or trains on.",
+                "Take another split, or skip_bytes past the evaluated text.",
             )
 
 

@@ -33,7 +33,8 @@ def partition(
     """(structure, trainable, frozen): leaves by name, each in exactly one of the two.
 
     Trainable are plain float parameters and the leaves a format declares trainable, as far as
-    `trains(name)` agrees; codes, scales, tables and router state are frozen.
+    `trains(name)` agrees to the leaf, such as `runs.0.moe.experts.up.terms[1].u`; codes, zeros,
+    tables and router state are frozen.
     """
     graphdef, state = nnx.split(model)
     leaves, tree = jax.tree.flatten(state)
@@ -45,8 +46,10 @@ def partition(
             jax.tree_util.keystr(p) for p, _ in jax.tree_util.tree_flatten_with_path(value)[0]
         ]
         names += [name + suffix for suffix in suffixes]
-        may_train = isinstance(variable, nnx.Param) and trains(name)
-        floats += [flag and may_train for flag in _float_leaves(value)]
+        floats += [
+            flag and isinstance(variable, nnx.Param) and trains(name + suffix)
+            for flag, suffix in zip(_float_leaves(value), suffixes, strict=True)
+        ]
     assert len(names) == len(leaves) == len(set(names))
     parts = list(zip(names, leaves, floats, strict=True))
     trainable = {name: leaf for name, leaf, flag in parts if flag}

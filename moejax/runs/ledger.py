@@ -12,6 +12,7 @@ from moejax.core.errors import RunError
 from moejax.runs.records import from_record, to_record
 
 DROPPED = "dropped"
+MERGED = "merged"
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,9 @@ class LedgerRow:
         nearest_error: the same if every weight had gone to the nearest point of its grid.
     fallback: what was done instead of the pass's own method, None where it was followed.
     dead: no token reached the expert. calibrated: enough tokens reached it for its statistics.
-    lineage: what became of it, oldest first ("dropped", "merged into 3"); an expert whose lineage
-        holds an entry that starts with "dropped" is no longer in the model.
+    lineage: what became of it in this pass and those before, oldest first ("merged with 5",
+        "merged into 3", "dropped"); an expert whose lineage holds an entry that starts with
+        "dropped" or "merged into" is no longer in the model.
     """
 
     arm: str
@@ -50,8 +52,13 @@ class LedgerRow:
 
     @property
     def dropped(self) -> bool:
-        """Whether the expert is no longer in the model."""
+        """Whether the expert is no longer in the model, nor in another one."""
         return any(entry.startswith(DROPPED) for entry in self.lineage)
+
+    @property
+    def gone(self) -> bool:
+        """Whether the expert is no longer stored on its own: dropped, or merged into another."""
+        return self.dropped or any(entry.startswith(f"{MERGED} into") for entry in self.lineage)
 
 
 class Ledger:
@@ -77,6 +84,22 @@ class Ledger:
     def last(self, arm: str) -> dict[tuple[int, int | None, str], LedgerRow]:
         """The final state of an arm: (layer, expert, matrix) -> its last row."""
         return {(r.layer, r.expert, r.matrix): r for r in self.rows if r.arm == arm}
+
+    def history(self, arm: str) -> dict[tuple[int, int], tuple[str, ...]]:
+        """(layer, expert) -> the passes that treated it, in order, each with what became of it."""
+        steps: dict[tuple[int, int], list[str]] = {}
+        last: dict[tuple[int, int], LedgerRow] = {}
+        for row in self.rows:
+            if row.arm != arm or row.expert is None:
+                continue
+            place = (row.layer, row.expert)
+            before = last.get(place)
+            new = row.lineage[len(before.lineage) if before else 0 :]
+            if new or before is None or before.pass_name != row.pass_name:
+                said = f"{row.pass_name}: {', '.join(new)}" if new else row.pass_name
+                steps.setdefault(place, []).append(said)
+            last[place] = row
+        return {place: tuple(said) for place, said in steps.items()}
 
     def save(self, path: Path | str) -> None:
         """Writes one JSON line per row, whole or not at all."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +43,7 @@ def cross_entropy(
     tokens, forward and backward took 182 ms so, 228 ms with whole logits and 240 ms with
     recomputation (chunks of 512).
     """
-    hidden_CxTxD, target_CxT, weight_CxT = _chunks(hidden_TxD, target_T, chunk, parts)
+    hidden_CxTxD, target_CxT, weight_CxT = chunks(chunk, parts, hidden_TxD, target_T)
 
     def add(total: Array, part: tuple[Array, Array, Array]) -> tuple[Array, None]:
         hidden, target, weight = part
@@ -70,8 +71,8 @@ def _forward(
         return (total + jnp.sum(nll_T * weight), dtable_VxD), dhidden.astype(hidden.dtype)
 
     start = (jnp.float32(0), jnp.zeros(table_VxD.shape, jnp.float32))
-    chunks = _chunks(hidden_TxD, target_T, chunk, parts)
-    (total, dtable_VxD), dhidden_CxTxD = jax.lax.scan(add, start, chunks)
+    cut = chunks(chunk, parts, hidden_TxD, target_T)
+    (total, dtable_VxD), dhidden_CxTxD = jax.lax.scan(add, start, cut)
     dhidden_TxD = _unchunked(dhidden_CxTxD, T, parts)
     return total / T, (dhidden_TxD, dtable_VxD.astype(table_VxD.dtype))
 
@@ -99,14 +100,12 @@ def _nll(hidden_TxD: Array, table_VxD: Array, target_T: Array) -> tuple[Array, A
     return nll_Tx1[:, 0], exp_TxV / sum_Tx1
 
 
-def _chunks(
-    hidden_TxD: Array, target_T: Array, chunk: int, parts: int
-) -> tuple[Array, Array, Array]:
-    """Hidden states, targets and weights by chunk; the last one is filled up with weight 0.
+def chunks(chunk: int, parts: int, *arrays: Array) -> Any:
+    """Arrays [T, ...] by chunk, and weights [C, T]: the last chunk is filled up with weight 0.
 
     With more parts than one, a chunk holds `chunk` tokens of each part, one part after the other.
     """
-    T = target_T.size // parts
+    T = len(arrays[0]) // parts
     chunk = min(chunk, T)
     count = -(-T // chunk)
     rest = count * chunk - T
@@ -122,11 +121,11 @@ def _chunks(
 
     weight_T = (jnp.arange(count * chunk) < T).astype(jnp.float32)
     weight_CxT = jnp.tile(weight_T.reshape(count, chunk), (1, parts))
-    return cut(hidden_TxD), cut(target_T), weight_CxT
+    return *map(cut, arrays), weight_CxT
 
 
 def _unchunked(values_CxTxD: Array, T: int, parts: int) -> Array:
-    """[T, D] in the order of tokens, of what `_chunks` cut."""
+    """[T, D] in the order of tokens, of what `chunks` cut."""
     count, _, D = values_CxTxD.shape
     by_part = jnp.moveaxis(values_CxTxD.reshape(count, parts, -1, D), 1, 0)
     return by_part.reshape(parts, -1, D)[:, : T // parts].reshape(T, D)

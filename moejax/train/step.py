@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import optax
+from flax import nnx
 from jax import Array
 
 from moejax.core import SpecError, keys
-from moejax.models import DecoderLM, Remat, Structure, combine, encode
+from moejax.models import DecoderLM, ModelSpec, Remat, Structure, combine, encode, partition
 from moejax.models.block import run_length
 from moejax.models.partition import Leaves
 from moejax.moe import RouterLoss
-from moejax.train.objective import best_chunk, cross_entropy, output_table
+from moejax.train.objective import best_chunk
+from moejax.train.objectives import CrossEntropy, Objective, Passed, check_objective
 from moejax.train.optimizer import Optimizer, is_matrix
 from moejax.train.placement import Placement
 from moejax.train.state import TrainState
@@ -53,6 +56,9 @@ def train_step(
     seed: int = 0,
     remat: Remat | None = None,
     placement: Placement | None = None,
+    objective: Objective = CrossEntropy(),
+    teacher: DecoderLM | None = None,
+    through: Callable[[Leaves], Leaves] = lambda trainable: trainable,
 ) -> Step:
     """A jitted `(state, tokens_BxS1) -> (state, metrics)` that donates its state.
 
@@ -65,32 +71,38 @@ def train_step(
     remat: what the backward pass computes again, None for nothing. placement: where the state lies
     on a mesh, for which the step is compiled; None for one device. A step on a mesh takes and
     gives what one device would, to rounding.
+    teacher: a model that stays as it is, for an objective that `teaches`; SpecError where it asks
+    one that is not there, or that it cannot be compared with. through: what the forward pass sees
+    of the trainable leaves, `straight_through` for codes.
     """
     rule = optimizer.transformation(steps)
     parallel = None if placement is None else placement.parallel
+    student_spec = _spec(structure)
+    check_objective(objective, student_spec, None if teacher is None else teacher.spec)
+    taught = partition(teacher, lambda name: False) if teacher and objective.teaches else None
 
-    def objective(
-        trainable: Leaves, frozen: Leaves, tokens_BxS1: Array, key: Array
+    def minimised(
+        trainable: Leaves,
+        frozen: Leaves,
+        tokens_BxS1: Array,
+        key: Array,
+        number: Array,
+        known: Leaves | None,
     ) -> tuple[Array, dict[str, Any]]:
-        model = combine(structure, in_compute_dtype(trainable, dtype), frozen)
-        encoding = encode(
-            model,
-            tokens_BxS1[:, :-1],
-            train=True,
-            key=key,
-            dtype=dtype,
-            parallel=parallel,
-            remat=remat,
-        )
-        hidden_TxD = encoding.hidden_BxSxD.reshape(-1, encoding.hidden_BxSxD.shape[-1])
+        model = combine(structure, in_compute_dtype(through(trainable), dtype), frozen)
+        seen_BxS = tokens_BxS1[:, :-1]
+        how: dict[str, Any] = {"request": objective.request, "dtype": dtype, "parallel": parallel}
+        where = {
+            "chunk": best_chunk(placement and placement.platform),
+            "parts": 1 if placement is None else placement.parts(seen_BxS.shape[0]),
+        }
+        encoding = encode(model, seen_BxS, train=True, key=key, remat=remat, **how)
+        passed = None
+        if taught is not None and known is not None:
+            teaching = combine(taught[0], {}, known)
+            passed = Passed(teaching, encode(teaching, seen_BxS, **how), **where)
         target_T = tokens_BxS1[:, 1:].reshape(-1)
-        loss = cross_entropy(
-            hidden_TxD,
-            output_table(model, dtype),
-            target_T,
-            best_chunk(placement and placement.platform),
-            1 if placement is None else placement.parts(tokens_BxS1.shape[0]),
-        )
+        loss = objective(Passed(model, encoding, **where), passed, target_T, number)
         routings = tuple(r for r in encoding.routings if r is not None)
         router: dict[str, Array] = {}
         for term in losses if routings else ():
@@ -104,18 +116,20 @@ def train_step(
         }
         return jnp.asarray(loss) + sum(router.values()), seen
 
-    gradient = jax.value_and_grad(objective, has_aux=True)
+    gradient = jax.value_and_grad(minimised, has_aux=True)
 
-    def step(state: TrainState, tokens_BxS1: Array) -> tuple[TrainState, StepMetrics]:
+    def step(
+        state: TrainState, tokens_BxS1: Array, known: Leaves | None = None
+    ) -> tuple[TrainState, StepMetrics]:
         key = keys.fold(jax.random.key(seed), state.step)
         parts = _micro_batches(tokens_BxS1, accumulate)
         if placement is not None:
             parts = jax.lax.with_sharding_constraint(parts, placement.of_parts(parts.shape[1]))
 
         def one(index: Array) -> tuple[tuple[Array, dict], Leaves]:
-            found, slopes = gradient(
-                state.trainable, state.frozen, parts[index], keys.fold(key, index)
-            )
+            drawn = keys.fold(key, index)
+            leaves = (state.trainable, state.frozen)
+            found, slopes = gradient(*leaves, parts[index], drawn, state.step, known)
             if placement is not None:  # cut as the parameters are, before they are added up
                 slopes = jax.lax.with_sharding_constraint(slopes, placement.state.trainable)
             return found, slopes
@@ -140,9 +154,17 @@ def train_step(
         )
         return after, metrics
 
-    if placement is None:
-        return jax.jit(step, donate_argnums=0)
-    return jax.jit(step, donate_argnums=0, out_shardings=(placement.state, placement.everywhere))
+    where = {}
+    if placement is not None:
+        where["out_shardings"] = (placement.state, placement.everywhere)
+    jitted = jax.jit(step, donate_argnums=0, **where)
+    return jitted if taught is None else functools.partial(jitted, known=taught[2])
+
+
+def _spec(structure: Structure) -> ModelSpec:
+    """What model the leaves of a structure are of."""
+    leaves = [jax.ShapeDtypeStruct((), jnp.float32)] * len(structure.names)
+    return nnx.merge(structure.graphdef, jax.tree.unflatten(structure.tree, leaves)).spec
 
 
 def in_compute_dtype(trainable: Leaves, dtype: Any) -> Leaves:

@@ -31,6 +31,7 @@ from moejax.weights.low_rank import LowRank, check_rank, truncated_svd
 from moejax.weights.packed import Packed, pack, pack_codes, unpack_codes
 from moejax.weights.row_patch import RowPatch, patch_rows
 from moejax.weights.sparse import NMSparse, Sparse, pack_nm, pack_sparse
+from moejax.weights.shared_base import SharedBase
 from moejax.weights.sums import Sum
 from moejax.weights.ternary import Ternary, TernaryRows
 from moejax.weights.transposed import Transposed
@@ -44,6 +45,9 @@ from moejax.weights.sign_grids import BinaryGrid, TernaryGrid
 
 # Patterns of sparsity: which weights stay
 from moejax.weights.sparsity import NOfM, Pattern, PerMatrix, PerOutput, check_pattern
+
+# Hidden units in one order
+from moejax.weights.alignment import align, barycentre
 
 # Rounding and pruning that mind the inputs
 from moejax.weights.gptq_rounding import GPTQResult, gptq
@@ -72,6 +76,7 @@ __all__ = [
     "PerMatrix",
     "PerOutput",
     "RowPatch",
+    "SharedBase",
     "Sparse",
     "SparseGPTResult",
     "Sum",
@@ -81,6 +86,8 @@ __all__ = [
     "TernaryRows",
     "Transposed",
     "abstract_from_meta",
+    "align",
+    "barycentre",
     "bits_per_weight",
     "check_pattern",
     "check_rank",

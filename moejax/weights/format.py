@@ -33,6 +33,7 @@ class Format(abc.ABC):
 
     meta_fields: ClassVar[tuple[str, ...]] = ()
     trainable: ClassVar[tuple[str, ...]] = ()  # leaf fields that an optimizer may change
+    common: ClassVar[tuple[str, ...]] = ()  # array fields that all experts share, 1 for their axis
 
     @abc.abstractmethod
     def materialize(self, dtype: Any = jnp.float32) -> Array:
@@ -69,6 +70,12 @@ class Format(abc.ABC):
     def bits_per_weight(self) -> float:
         """8 * nbytes / number of weights: codes, scales, zeros and factors."""
         return 8 * self.nbytes / math.prod(self.shape)
+
+    @property
+    def common_nbytes(self) -> int:
+        """Bytes of what all experts share; `take` of one expert holds them too."""
+        leaves = [getattr(self, name) for name in self.common]
+        return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
 
     def grouped_matmul(
         self, x_RxK: Array, group_sizes_G: Array, *, group_offset: int | Array = 0

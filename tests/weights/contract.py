@@ -17,6 +17,7 @@ from moejax.weights import (
     DictionaryCoded,
     LowRank,
     RowPatch,
+    SharedBase,
     Sum,
     Ternary,
     TernaryRows,
@@ -166,6 +167,17 @@ def dictionary(lead, seed) -> tuple[DictionaryCoded, np.ndarray]:
     return DictionaryCoded(jnp.pad(coded.codes, fill), coded.low, coded.high, K), exact
 
 
+def shared_base(residual: Builder):
+    def build(lead, seed) -> tuple[SharedBase, np.ndarray]:
+        *front, _ = lead
+        # One base whatever the seed: only experts of one base can be joined.
+        base = jnp.asarray(_float(np.random.default_rng(5), *front, 1, K, N), jnp.bfloat16)
+        w, exact = residual(lead, seed)
+        return SharedBase(base, w), np.float64(base) + exact
+
+    return build
+
+
 FORMATS: list[tuple[str, Builder]] = [
     ("dense", dense),
     ("packed_2_symmetric", packed(2, 16, None)),
@@ -182,6 +194,8 @@ FORMATS: list[tuple[str, Builder]] = [
     ("sum_of_packed_factors", sum_of(packed(3, 16, None), packed_factors)),
     ("ternary", ternary),
     ("dictionary", dictionary),
+    ("shared_base", shared_base(low_rank)),
+    ("shared_base_of_codes", shared_base(packed(2, 16, "uint8"))),
     ("row_patch", row_patch(packed(2, 16, "uint8"))),
     ("row_patch_of_sum", row_patch(sum_of(packed(3, 16, None), low_rank))),
 ]

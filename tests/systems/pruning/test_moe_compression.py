@@ -4,7 +4,7 @@ import pytest
 
 from moejax.core import SpecError
 from moejax.runs.ledger import DROPPED
-from tests.systems.running import ON_NANO, run_system
+from tests.systems.running import NANO, run_system
 
 pytestmark = pytest.mark.slow
 NAME = "pruning/moe_compression"
@@ -12,7 +12,7 @@ NAME = "pruning/moe_compression"
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
-    return run_system(NAME, tmp_path_factory.mktemp("moe_compression"), ON_NANO)
+    return run_system(NAME, tmp_path_factory.mktemp("moe_compression"), NANO)
 
 
 def experts_left(ran, arm):
@@ -71,4 +71,4 @@ def test_every_arm_is_a_model(ran):
 def test_groups_that_do_not_divide_are_refused(tmp_path):
     """Catches a study that fails in its eleventh arm, after the work of ten."""
     with pytest.raises(SpecError, match="groups of 48 do not divide the 64 inputs of layers.0"):
-        run_system(NAME, tmp_path, [*ON_NANO, "NOfM.m = 48"])
+        run_system(NAME, tmp_path, [*NANO, "NOfM.m = 48"])

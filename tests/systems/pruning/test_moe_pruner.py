@@ -2,14 +2,14 @@
 
 import pytest
 
-from tests.systems.running import ON_NANO, run_system
+from tests.systems.running import NANO, run_system
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
-    return run_system("pruning/moe_pruner", tmp_path_factory.mktemp("moe_pruner"), ON_NANO)
+    return run_system("pruning/moe_pruner", tmp_path_factory.mktemp("moe_pruner"), NANO)
 
 
 @pytest.mark.parametrize("pattern", ["50 %", "60 %", "2:4"])

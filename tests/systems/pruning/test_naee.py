@@ -3,14 +3,14 @@
 import numpy as np
 import pytest
 
-from tests.systems.running import ON_NANO, run_system
+from tests.systems.running import NANO, run_system
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
-    return run_system("pruning/naee", tmp_path_factory.mktemp("naee"), ON_NANO)
+    return run_system("pruning/naee", tmp_path_factory.mktemp("naee"), NANO)
 
 
 def test_the_best_subset_loses_less_than_subsets_at_random(ran):

@@ -2,14 +2,14 @@
 
 import pytest
 
-from tests.systems.running import ON_NANO, run_system
+from tests.systems.running import NANO, run_system
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
-    return run_system("pruning/shortgpt", tmp_path_factory.mktemp("shortgpt"), ON_NANO)
+    return run_system("pruning/shortgpt", tmp_path_factory.mktemp("shortgpt"), NANO)
 
 
 def test_one_block_goes_whole(ran):

@@ -1,0 +1,141 @@
+"""A common expert and residuals: exactness, what a barycentre gains, what the ledger counts."""
+
+import dataclasses
+import functools
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moejax.compress import (
+    Barycentre,
+    FirstExpert,
+    FullPrecision,
+    LowRankResidual,
+    MergeExperts,
+    PlainMean,
+    RandomGroups,
+    ShareBase,
+    account,
+    check_recipe,
+)
+from moejax.core import SpecError
+from moejax.models import abstract_model, layers, parameters, permute_hidden, with_layers
+from moejax.weights import AsymmetricGrid, SharedBase, materialize
+from tests.compress.conftest import EXPERTS, FOUR_BITS, LAYERS, Source, apply, logits
+from tests.evaluate.conftest import make_model
+
+WHOLE = FullPrecision()
+
+
+@pytest.fixture(scope="module")
+def share(text):
+    """(model, pass) -> (after, ledger)."""
+    return functools.cache(lambda model, how: apply(model, [how], Source(text)))
+
+
+@functools.cache
+def near_copies(spread):
+    """Experts that are one expert, shuffled, each with noise of its own."""
+    draw, model = np.random.default_rng(0), make_model(0)
+    blocks = layers(model)
+    for i, block in enumerate(blocks):
+        block.moe.experts.take(np.zeros(EXPERTS, int))
+        for name in ("gate", "up", "down"):
+            variable = getattr(block.moe.experts, name)
+            w = np.array(variable.get_value())
+            variable.set_value(
+                jnp.asarray(w + spread * draw.normal(size=w.shape).astype(np.float32))
+            )
+        order = np.stack([draw.permutation(32) for _ in range(EXPERTS)])
+        blocks[i] = permute_hidden(block, order)
+    return with_layers(model, blocks)
+
+
+def residual_energy(model):
+    return sum(
+        float(jnp.square(materialize(w.residual)).sum())
+        for w in parameters(model).values()
+        if isinstance(w, SharedBase)
+    )
+
+
+def test_whole_residuals_change_nothing(model, text, share):
+    """Catches a base rounded after its residual was taken, and units ordered matrix by matrix."""
+    after, ledger = share(model, ShareBase(residual=WHOLE))
+    np.testing.assert_allclose(logits(after, text), logits(model, text), atol=2e-5)
+    assert max(row.relative_error for row in ledger) < 1e-6
+
+
+def test_shuffled_copies_have_no_residuals(text, share):
+    """Catches a plain mean in the place of the transport."""
+    planted = near_copies(0.0)
+    after, _ = share(planted, ShareBase(residual=WHOLE))
+    size = sum(float(jnp.square(w).sum()) for n, w in parameters(planted).items() if "experts" in n)
+    assert residual_energy(after) < 1e-4 * size  # the base is bfloat16
+    low, _ = share(planted, ShareBase(residual=LowRankResidual(rank=1)))
+    mean, _ = share(planted, ShareBase(residual=LowRankResidual(rank=1), centre=PlainMean()))
+    exact = logits(planted, text)
+    assert np.abs(logits(low, text) - exact).max() < 0.1 * np.abs(logits(mean, text) - exact).max()
+
+
+def test_a_barycentre_leaves_less_than_the_mean_or_an_expert(share):
+    """Catches a centre that is not transported to, or is not the mean of what comes to it."""
+    planted = near_copies(0.1)
+    left = {
+        type(centre).__name__: residual_energy(
+            share(planted, ShareBase(residual=WHOLE, centre=centre))[0]
+        )
+        for centre in (Barycentre(), PlainMean(), FirstExpert())
+    }
+    assert left["Barycentre"] < left["FirstExpert"] < left["PlainMean"]
+
+
+def test_residuals_on_a_grid_lose_less_than_weights_on_it(text, share):
+    """Catches codes of the weights in the place of the residuals'."""
+    planted, grid = near_copies(0.05), AsymmetricGrid(bits=2, group=None)
+    after, _ = share(planted, ShareBase(residual=grid))
+    for w in parameters(after).values():
+        if isinstance(w, SharedBase):
+            alone = materialize(grid(materialize(w)))
+            own = np.abs(materialize(w.residual)).max()
+            assert own < 0.5 * np.abs(alone).max()
+    assert np.abs(logits(after, text) - logits(planted, text)).max() < 2
+
+
+def test_the_ledger_counts_the_base_once(model, share):
+    """Catches a base that every expert pays for, and one that nobody pays for."""
+    after, ledger = share(model, ShareBase(residual=LowRankResidual(rank=4)))
+    assert sum(row.stored_bytes for row in ledger) == account(after).expert_bytes
+    assert account(after).expert_bytes == LAYERS * 3 * 2 * (32 * 32 + EXPERTS * 4 * 64)
+    outlined, names = ShareBase(residual=LowRankResidual(rank=4)).outline(
+        abstract_model(model.spec)
+    )
+    assert account(outlined) == dataclasses.replace(account(after)) and len(names) == LAYERS * 3
+
+
+def test_residuals_stand_behind_merged_experts(model, text):
+    """Catches a base of router experts where fewer are stored."""
+    recipe = [MergeExperts(grouping=RandomGroups(groups=3)), ShareBase(residual=WHOLE)]
+    merged, _ = apply(model, recipe[:1], Source(text))
+    both, _ = apply(model, recipe, Source(text))
+    np.testing.assert_allclose(logits(both, text), logits(merged, text), atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "wrong"),
+    [
+        (
+            [ShareBase(residual=LowRankResidual(rank=33))],
+            r"rank = 33.*layers.0.moe.experts.down, 32",
+        ),
+        (
+            [FOUR_BITS, ShareBase(residual=WHOLE)],
+            r"step 2 .*ShareBase: layers.0.moe.experts.down.*Packed",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused(model, recipe, wrong):
+    """Catches a rank that is cut in silence, and residuals of codes."""
+    with pytest.raises(SpecError, match=wrong):
+        check_recipe(recipe, model)
