@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
@@ -134,15 +135,16 @@ def run_study(folder: RunFolder, study: Study) -> dict[str, DecoderLM]:
     seconds: dict[str, float] = {}
     for arm in progress(study.arms, "compress", "arms"):
         began = time.perf_counter()
-        models[arm.name] = compress(
-            loaded[arm.model], arm.recipe, statistics, key=key, arm=arm.name, ledger=ledger
-        )
+        with precise_products():
+            models[arm.name] = compress(
+                loaded[arm.model], arm.recipe, statistics, key=key, arm=arm.name, ledger=ledger
+            )
         seconds[arm.name] = time.perf_counter() - began
     ledger.save(folder.ledger_path)
     bases = {arm.name: arm.base for arm in study.arms}
     with (
         progress(len(batches) * len(models), "evaluate", "batches") as bar,
-        jax.default_matmul_precision("float32"),
+        precise_products(),
     ):
         scores = evaluate(models, batches, base=bases, group_bytes=group_bytes, progress=bar)
     result = StudyResult(
@@ -162,6 +164,11 @@ def run_study(folder: RunFolder, study: Study) -> dict[str, DecoderLM]:
         result.save(folder.results_path)
     print_summary(result, report=build_report(folder))
     return models
+
+
+def precise_products() -> AbstractContextManager[Any]:
+    """Products of float32 activations in float32, on platforms too whose default is less."""
+    return jax.default_matmul_precision("float32")
 
 
 def _common_tokenizer(sources: Sequence[ModelSource]) -> Tokenizer:

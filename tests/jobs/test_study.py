@@ -9,6 +9,7 @@ import pytest
 from moejax.checkpoint import load_model, stored_bytes
 from moejax.compress import ExpertDrop, Frequency, Quantize
 from moejax.core import CheckpointError, SpecError
+from moejax.jobs import study as job_module
 from moejax.jobs.expectations import Better, MeanBitsPerByte, NoDeadExpert, PerplexityChange
 from moejax.jobs.model_source import SavedModel
 from moejax.jobs.study import Arm, Compress, Study
@@ -77,8 +78,22 @@ def test_study_agrees_with_its_plan_and_its_books(study, folder):
 
 
 @pytest.mark.xdist_group("study")
-def test_compress_saves_the_model_that_it_measured(saved, folder):
-    """Catches a saved model that is not the measured one, or not of the announced size."""
+def test_compress_saves_the_model_that_it_measured(saved, folder, monkeypatch):
+    """Catches a saved model that is not the measured one, or not of the announced size; statistics
+    or scores of products that a platform rounds to bfloat16 by default."""
+    precisions = {}
+
+    def noting(name):
+        call = getattr(job_module, name)
+
+        def noted(*arguments, **options):
+            precisions[name] = jax.config.jax_default_matmul_precision
+            return call(*arguments, **options)
+
+        return noted
+
+    for name in ("compress", "evaluate"):
+        monkeypatch.setattr(job_module, name, noting(name))
     grid = SymmetricGrid(bits=4, group=32)
     job = Compress(
         model=SavedModel(path=saved["moe"]),
@@ -87,6 +102,7 @@ def test_compress_saves_the_model_that_it_measured(saved, folder):
         calibration=CALIBRATION,
     )
     job.run(folder)
+    assert precisions == {"compress": "float32", "evaluate": "float32"}
     arm = StudyResult.load(folder.results_path).arm("compressed")
     assert stored_bytes(folder.model) == arm.stored_bytes
     named = parameters(load_model(folder.model))
