@@ -51,7 +51,8 @@ class Text:
         found = _documents(self.corpus, group, self.split, self.skip_bytes, size)
         if not found:
             raise DataError(
-                f"Text.bytes_per_group = {size} has no room for the next line of {group!r}.",
+                f"{type(self).__name__}.bytes_per_group = {size} has no room for the next line of "
+                f"{group!r}.",
                 "Ask for more bytes; a document is cut at the end of a line.",
             )
         return found
