@@ -57,6 +57,13 @@ class Text:
             )
         return found
 
+    def span(self, group: str) -> range:
+        """Which documents of the split these are, counted from its first; the last may be cut."""
+        skipped = ()
+        if self.skip_bytes:
+            skipped = heldout_documents(self.corpus, group, self.skip_bytes, self.split)
+        return range(len(skipped), len(skipped) + len(self.documents(group)))
+
     def batches(self, tokenizer: Tokenizer | None = None) -> tuple[list[EvalBatch], dict[str, int]]:
         """Windows of all groups, and bytes of text per group; default is the shipped tokenizer."""
         tokenizer = shipped_tokenizer() if tokenizer is None else tokenizer
