@@ -32,7 +32,8 @@ report-calibrated: setup
 DOCUMENTED := report report_calibrated rare_experts
 docs: setup
 	set -e; for study in $(DOCUMENTED); do \
-	  rm -rf runs/$$study docs/$$study; $(RUN) run $$study --out runs/$$study; mkdir docs/$$study; \
+	  rm -rf runs/$$study; $(RUN) run $$study --out runs/$$study; \
+	  rm -rf docs/$$study; mkdir docs/$$study; \
 	  cd runs/$$study; \
 	  cp -r config.gin results.json ledger.jsonl report.md report.html report.json plots ../../docs/$$study; \
 	  cd ../..; done
@@ -64,4 +65,4 @@ systems: setup
 	$(RUN) systems --markdown > docs/systems.md
 
 clean:
-	rm -rf .venv build dist *.egg-info runs
+	rm -rf .venv build dist *.egg-info

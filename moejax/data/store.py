@@ -69,18 +69,17 @@ def tokenize_corpus(
 ) -> TokenStore:
     """The token store of a corpus's split, from the cache where it holds one.
 
-    It lies under a hash of corpus, tokenizer and split. A group is written whole or not at all, so
-    that an interrupted call goes on with the group it was at.
+    It lies under a hash of corpus, tokenizer, end of document and split. A group is written whole
+    or not at all, so that an interrupted call goes on with the group it was at.
     """
-    name = content_hash(_LAYOUT, corpus.fingerprint, tokenizer.sha256, split)
+    end = tokenizer.end_of_document
+    name = content_hash(_LAYOUT, corpus.fingerprint, tokenizer.sha256, end, split)
     folder = Path(cache or cache_root()) / "tokens" / name[:24]
     facts = {}
     for group in corpus.groups:
         known = _known_facts(folder, group, tokenizer.dtype)
         facts[group] = known or _tokenize_group(corpus, tokenizer, group, split, folder)
-    return TokenStore(
-        folder, split, facts, tokenizer.dtype, tokenizer.vocab, tokenizer.end_of_document, name
-    )
+    return TokenStore(folder, split, facts, tokenizer.dtype, tokenizer.vocab, end, name)
 
 
 def _known_facts(folder: Path, group: str, dtype: np.dtype) -> GroupFacts | None:

@@ -18,6 +18,10 @@ from moejax.files import content_hash, find_resource
 
 END_OF_DOCUMENT = "<|endoftext|>"
 SHIPPED = "tokenizer/tokenizer.json"
+_BYTE_LEVEL = {
+    "type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True,
+}  # fmt: skip
+"""The cut of `train_tokenizer`; hashes of old models know of no other."""
 
 
 class Tokenizer:
@@ -78,12 +82,15 @@ class Tokenizer:
 
     @functools.cached_property
     def sha256(self) -> str:
-        """A hash of vocabulary and merges: two tokenizers with equal hashes give equal ids."""
-        model = json.loads(self._bpe.to_str())["model"]
+        """A hash of vocabulary, merges and how a text is cut before: two tokenizers with equal
+        hashes give a text equal ids. Which of them ends a document is not in it."""
+        whole = json.loads(self._bpe.to_str())
+        model, cut = whole["model"], [whole["normalizer"], whole["pre_tokenizer"]]
+        plain = cut == [None, _BYTE_LEVEL]
         if "merges" not in model:  # no BPE
-            return content_hash(model)
+            return content_hash(model, *cut)
         merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
-        return content_hash(model["vocab"], merges)
+        return content_hash(model["vocab"], merges, *([] if plain else cut))
 
     def save(self, path: Path | str) -> None:
         """Writes the tokenizer in the library's JSON format, whole or not at all."""

@@ -51,10 +51,18 @@ class Text:
         found = _documents(self.corpus, group, self.split, self.skip_bytes, size)
         if not found:
             raise DataError(
-                f"Text.bytes_per_group = {size} has no room for the next line of {group!r}.",
+                f"{type(self).__name__}.bytes_per_group = {size} has no room for the next line of "
+                f"{group!r}.",
                 "Ask for more bytes; a document is cut at the end of a line.",
             )
         return found
+
+    def span(self, group: str) -> range:
+        """Which documents of the split these are, counted from its first; the last may be cut."""
+        skipped = ()
+        if self.skip_bytes:
+            skipped = heldout_documents(self.corpus, group, self.skip_bytes, self.split)
+        return range(len(skipped), len(skipped) + len(self.documents(group)))
 
     def batches(self, tokenizer: Tokenizer | None = None) -> tuple[list[EvalBatch], dict[str, int]]:
         """Windows of all groups, and bytes of text per group; default is the shipped tokenizer."""

@@ -4,10 +4,10 @@ import json
 
 import pytest
 import tokenizers
-from tokenizers import models
+from tokenizers import models, normalizers, pre_tokenizers
 
 from moejax.core.errors import DataError
-from moejax.data import Tokenizer, folder_tokenizer, train_tokenizer
+from moejax.data import Tokenizer, folder_tokenizer, shipped_tokenizer, train_tokenizer
 
 TEXTS = ["the quick brown fox jumps over the lazy dog"] * 3
 
@@ -65,3 +65,24 @@ def test_a_tokenizer_without_merges_has_a_hash(tmp_path):
     other = tokenizers.Tokenizer(models.WordLevel({"</s>": 0, "b": 1}, unk_token="</s>"))
     first, second = (Tokenizer(bpe, "</s>").sha256 for bpe in (words, other))
     assert first != second
+
+
+def test_a_hash_tells_tokenizers_that_cut_a_text_differently():
+    """Catches a hash of vocabulary and merges alone, under which the tokens of one are the cached
+    tokens of the other."""
+
+    def made(*cuts, normalizer=None):
+        bpe = tokenizers.Tokenizer.from_str(shipped_tokenizer()._bpe.to_str())
+        bpe.pre_tokenizer = pre_tokenizers.Sequence(
+            [*cuts, pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        )
+        bpe.normalizer = normalizer
+        return Tokenizer(bpe)
+
+    kinds = [
+        made(),
+        made(pre_tokenizers.Digits(individual_digits=True)),
+        made(normalizer=normalizers.Lowercase()),
+    ]
+    assert len({tuple(kind.encode("Year 2026")) for kind in kinds}) == 3
+    assert len({kind.sha256 for kind in kinds}) == 3

@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
+import tokenizers
 
 from moejax.core.errors import DataError
-from moejax.data import shipped_tokenizer, tokenize_corpus, train_tokenizer
+from moejax.data import Tokenizer, shipped_tokenizer, tokenize_corpus, train_tokenizer
 
 TEXTS = {"one": ["alpha beta", "gamma"], "two": ["δέλτα " * 50], "empty": []}
 TOKENIZER = shipped_tokenizer()
@@ -36,6 +37,20 @@ def test_second_call_reads_the_cache(texts_corpus, tmp_path):
     small = train_tokenizer(["alpha"] * 3, vocab=258)
     assert tokenize_corpus(corpus, small, "train", tmp_path).folder != first.folder
     assert tokenize_corpus(corpus, TOKENIZER, "valid", tmp_path).fingerprint != first.fingerprint
+
+
+def test_documents_that_end_with_another_token_lie_elsewhere(texts_corpus, tmp_path):
+    """Catches a model's tokens read by its chat variant, whose documents end otherwise: both have
+    the same vocabulary and merges."""
+    bpe = tokenizers.Tokenizer.from_str(TOKENIZER._bpe.to_str())
+    bpe.add_special_tokens(["a"])  # in the vocabulary already
+    ends = "<|endoftext|>", "a"
+    kinds = [Tokenizer(bpe, end) for end in ends]
+    assert kinds[0].sha256 == kinds[1].sha256
+    found = [tokenize_corpus(texts_corpus({"one": ["xyz"]}), k, "train", tmp_path) for k in kinds]
+    for store, kind in zip(found, kinds, strict=True):
+        assert store.tokens("one")[-1] == kind.end_of_document == store.end_of_document
+    assert kinds[0].end_of_document != kinds[1].end_of_document
 
 
 def test_interrupted_group_leaves_nothing_and_the_others_stay(texts_corpus, tmp_path):

@@ -8,7 +8,8 @@ import pytest
 
 from moejax.checkpoint import load_model, stored_bytes
 from moejax.compress import ExpertDrop, Frequency, Quantize
-from moejax.core import CheckpointError, DataError, SpecError
+from moejax.core import CheckpointError, ConfigError, DataError, SpecError
+from moejax.jobs import study as job_module
 from moejax.jobs.expectations import Better, MeanBitsPerByte, NoDeadExpert, PerplexityChange
 from moejax.jobs.model_source import SavedModel
 from moejax.jobs.study import Arm, Compress, Study
@@ -97,8 +98,22 @@ def _traces_agree(study, folder, result):
 
 
 @pytest.mark.xdist_group("study")
-def test_compress_saves_the_model_that_it_measured(saved, folder):
-    """Catches a saved model that is not the measured one, or not of the announced size."""
+def test_compress_saves_the_model_that_it_measured(saved, folder, monkeypatch):
+    """Catches a saved model that is not the measured one, or not of the announced size; statistics
+    or scores of products that a platform rounds to bfloat16 by default."""
+    precisions = {}
+
+    def noting(name):
+        call = getattr(job_module, name)
+
+        def noted(*arguments, **options):
+            precisions[name] = jax.config.jax_default_matmul_precision
+            return call(*arguments, **options)
+
+        return noted
+
+    for name in ("compress", "evaluate"):
+        monkeypatch.setattr(job_module, name, noting(name))
     grid = SymmetricGrid(bits=4, group=32)
     job = Compress(
         model=SavedModel(path=saved["moe"]),
@@ -107,6 +122,7 @@ def test_compress_saves_the_model_that_it_measured(saved, folder):
         calibration=CALIBRATION,
     )
     job.run(folder)
+    assert precisions == {"compress": "float32", "evaluate": "float32"}
     arm = StudyResult.load(folder.results_path).arm("compressed")
     assert stored_bytes(folder.model) == arm.stored_bytes
     named = parameters(load_model(folder.model))
@@ -126,6 +142,29 @@ def test_text_and_calibration_share_no_document():
     for group in TEXT.corpus.groups:
         one, other = set(TEXT.documents(group)), set(CALIBRATION.documents(group))
         assert one and other and not one & other
+
+
+class TwoDocuments:
+    """Two documents of 250 bytes."""
+
+    groups = ("g",)
+    fingerprint = "two documents"
+
+    def documents(self, group, split):
+        for name in "ab":
+            yield "\n".join(f"{name}{line:03d}" for line in range(50))
+
+
+@pytest.mark.xdist_group("study")
+def test_a_document_cut_for_the_text_is_not_calibrated_on_whole(saved, folder):
+    """Catches a document that is told from itself because one side has but its first lines."""
+    text = Text(corpus=TwoDocuments(), bytes_per_group=400, window=32)
+    rest = Text(corpus=TwoDocuments(), bytes_per_group=240, skip_bytes=252, window=32)
+    assert not set(text.documents("g")) & set(rest.documents("g"))
+    recipe = (Quantize(grid=SymmetricGrid(bits=4, group=32)),)
+    arm = Arm(name="x", model=SavedModel(path=saved["moe"]), recipe=recipe)
+    with pytest.raises(ConfigError, match="1 documents of g"):
+        Study(arms=(arm,), text=text, calibration=rest).run(folder)
 
 
 def test_arms_must_have_names_and_bases_that_exist(saved):
