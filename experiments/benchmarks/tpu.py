@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from moejax_kernels.shapes import MIXTRAL, OLMOE, SHAPES, ZIPF, Shape
 
 from experiments.benchmarks import peers
 
-OPS = ("grouped_matmul", "quantized_grouped_matmul", "lowrank_grouped_matmul")
+OPS = ("grouped_matmul", "gated_grouped_matmul", "quantized_grouped_matmul")
 SKEWS = {"balanced": 0.0, "skewed": ZIPF}
 HEADLINE = tuple(
     product for model in (OLMOE, MIXTRAL) for tokens in (8, 32, 4096)
@@ -33,9 +32,7 @@ _PREFILL = 512  # tokens from which on peers without a decode path are worth a l
 def ours(shape: Shape, chip: Chip) -> Iterator[aot.Case]:
     """What every op's `cases.py` has for a shape."""
     for op in OPS:
-        name = f"moejax_kernels.{op}.cases"
-        if find_spec(f"moejax_kernels.{op}") and find_spec(name):
-            yield from import_module(name).tpu(shape, chip)
+        yield from import_module(f"moejax_kernels.{op}.cases").tpu(shape, chip)
 
 
 def rows_of(

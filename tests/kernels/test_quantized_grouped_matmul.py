@@ -12,7 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec
+from moejax_kernels.grouped_matmul.tiles import Tiles
 from moejax_kernels.lowrank_grouped_matmul import lowrank_grouped_matmul
 from moejax_kernels.quantized_grouped_matmul import (
     pack_codes,
@@ -21,6 +23,8 @@ from moejax_kernels.quantized_grouped_matmul import (
     quantized_grouped_matmul,
     unpack_codes,
 )
+from moejax_kernels.quantized_grouped_matmul import pallas_tpu_prefill as prefill
+from moejax_kernels.quantized_grouped_matmul.api import tpu_kernel
 from moejax_kernels.quantized_grouped_matmul.reference import Leaves
 
 E = 3
@@ -187,6 +191,58 @@ def test_kernel_in_trips_and_tall_blocks(trip):
     close(y, oracle(x, experts, [2, 27, 1]), 5e-3)
 
 
+PREFILL_TILES = Tiles(256, 128, (32, 16), 100, 128, 1, 16 << 20)
+MORE = [
+    pytest.param(*case, marks=pytest.mark.slow) for case in [(8, None, 256, 0), (5, None, 32, 0)]
+]
+
+
+@pytest.mark.parametrize(
+    ("bits", "zero", "group", "rank"), [(4, "uint8", 128, 3), (3, None, 32, 0), *MORE]
+)
+def test_prefill_kernel_and_dx(bits, zero, group, rank):
+    """Catches inputs in another order than their planes, a group's scale on its neighbour, a slice
+    that overlaps the one before it decoded at the wrong place, and a stale slice of the last group.
+    """
+    experts = bank(bits, 256, 384 if bits == 4 else 128, group, zero, rank)
+    leaves = Leaves(*experts[1:4], *(experts.addend or (None, None)))
+    x, dy = normal(45, 256), normal(45, experts.words.shape[2], seed=2)
+    sizes = jnp.asarray([3, 0, 7, 33], jnp.int32)  # the first group is not ours
+    turned = prefill.whole_chunks(PREFILL_TILES, bits, 256, True)
+
+    @jax.jit
+    def both(x, dy, leaves):
+        at, options = (sizes, 1), {"bits": bits}
+        y = prefill.forward(x, leaves, *at, tiles=PREFILL_TILES, **options)
+        return y, prefill.forward(dy, leaves, *at, tiles=turned, transposed=True, **options)
+
+    with pltpu.force_tpu_interpret_mode():
+        y, dx = both(x, dy, leaves)
+    w = experts.matrices()
+    if rank:
+        u, v = (np.float64(factor) for factor in experts.addend)
+        w = w + u @ v
+    close(y, product(x, w, sizes, 1), 1e-5)
+    close(dx, product(dy, w.swapaxes(1, 2), sizes, 1), 1e-5)
+
+
+def test_many_rows_decode_once_and_few_multiply_codes():
+    """Catches a large row count that falls back to loops, and a decode that unpacks whole experts.
+
+    Shapes alone decide: 64 MiB of rows do not fit beside the bank.
+    """
+    array: Any = jax.ShapeDtypeStruct
+    leaves = Leaves(
+        array((8, 512, 2048), jnp.uint32), array((8, 32, 2048), jnp.float16), None, None, None
+    )
+    sizes = array((8,), jnp.int32)
+    few, many = (array((rows, 4096), jnp.bfloat16) for rows in (64, 8192))
+    assert tpu_kernel(few, leaves, sizes, 4) is pallas_tpu.forward
+    assert tpu_kernel(many, leaves, sizes, 4) is prefill.forward
+    odd = leaves._replace(words=array((8, 512, 200), jnp.uint32))
+    assert tpu_kernel(many, odd, sizes, 4) is None
+
+
 @pytest.mark.parametrize("zero", [None, "uint8", "float16"])
 @pytest.mark.parametrize("backend", [None, "reference"])
 def test_portable_path_and_gradients(zero, backend):
@@ -237,8 +293,10 @@ def test_scan_over_layers_and_shard_map():
     mesh = jax.make_mesh((1,), ("e",), axis_types=(jax.sharding.AxisType.Auto,))
     experts, whole = PartitionSpec("e"), PartitionSpec()
     specs = (whole, experts, experts, whole)
-    sharded = jax.shard_map(shard, mesh=mesh, in_specs=specs, out_specs=whole, check_vma=False)
+    sharded = jax.shard_map(shard, mesh=mesh, in_specs=specs, out_specs=whole)
     close(jax.jit(sharded)(x, *first[1:3], SIZES), oracle(x, first, SIZES), 1e-5)
+    dx = jax.jit(jax.grad(lambda x: sharded(x, *first[1:3], SIZES).sum()))(x)
+    close(dx, product(np.ones((16, 32)), first.matrices().swapaxes(1, 2), SIZES), 1e-5)
 
 
 def test_low_rank_experts():
@@ -295,5 +353,17 @@ def test_compiles_for_every_tpu(chip):
         )
 
     options = [(4, "uint8", 0, None), (3, None, 8, 24), (8, None, 0, 8)]
-    reports = aot.compile_all({str(o): program(*o) for o in options}, chip=chip)
+    programs = {str(o): program(*o) for o in options}
+    experts = bank(3, 256, 256, 128, "uint8", rank=8)
+
+    def loss(x, words, scale, zero, addend, sizes):
+        y = quantized_grouped_matmul(x, words, scale, zero, sizes, bits=3, addend=addend)
+        return y.astype(jnp.float32).sum()
+
+    arrays = (normal(400, 256, dtype="bfloat16"), *experts[1:], SIZES)
+    abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), arrays)
+    programs["prefill"] = aot.Program(jax.value_and_grad(loss), abstract)
+    reports = aot.compile_all(programs, chip=chip)
+    both = [name for name in reports.pop("prefill").dumps if name.startswith("grouped_matmul")]
+    assert len(both) == 2  # the product and dx
     assert all(report.kernel("quantized_grouped_matmul").root for report in reports.values())
