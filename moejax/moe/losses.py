@@ -7,7 +7,7 @@ f_i the share of tokens whose choices include expert i, and P_i the mean probabi
 | SwitchLoadBalance | E sum_i f_i P_i, f_i of the first choice only (arXiv:2101.03961, eq. 4) | 1 |
 | TopKLoadBalance | E sum_i f_i P_i, f_i of all k choices, each layer by itself | k |
 | PooledLoadBalance | the same over the tokens of all layers together (transformers' Mixtral) | k |
-| BiLevelLoadBalance | the Switch loss over nodes, and over places in a node (arXiv:2212.05191) | 2 |
+| BiLevelLoadBalance | the Switch loss over nodes, and over their places (arXiv:2212.05191) | 2 |
 | RouterZLoss | mean logsumexp(l)^2 (arXiv:2202.08906, eq. 5) | - |
 
 Per-layer losses are summed over layers.

@@ -142,7 +142,7 @@ class BiLevelScores:
     """logits_(i, j) = log softmax(x W)_i + log softmax(x V)_j: first a node, then a device in it.
 
     SMILE's two routers (arXiv:2212.05191): the softmax of these logits is p_i q_j, and its largest
-    entry the pair of largest p and q: with TopK(k=1) and SoftmaxGates() the expert of weight p_i q_j.
+    entry the pair of largest p and q, whose gate it is with TopK(k=1) and SoftmaxGates().
     Expert i * E / nodes + j; W [D, nodes] under the name `node`, V [D, E / nodes] under `device`.
     No expert has a column of its own, so that none can be dropped or moved.
     """

@@ -37,7 +37,7 @@ def test_an_outline_gets_the_shardings_of_the_arrays(report):
 
 
 def test_a_mesh_that_does_not_fit_the_model_is_refused(report):
-    """Catches uneven banks that fail inside XLA: 8 devices divide neither experts nor their units."""
+    """Catches uneven banks that fail inside XLA: 8 divides neither experts nor their units."""
     assert report["refused"] == {"expert": "expert", "model": "model"}
 
 
