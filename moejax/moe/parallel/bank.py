@@ -59,8 +59,8 @@ def brought(leaf: Any, cut: Cut, axes: tuple[str, ...]) -> Any:
         # Slow links first, so that each part crosses them once for all devices behind them.
         for axis in part:
             leaf = lax.all_gather(leaf, axis, axis=dimension, tiled=False)
-        lead = range(dimension, dimension + len(part))
-        leaf = jnp.moveaxis(leaf, lead, reversed(lead))
+        lead = list(range(dimension, dimension + len(part)))
+        leaf = jnp.moveaxis(leaf, lead, lead[::-1])
         shape = leaf.shape
         joined = math.prod(shape[dimension : dimension + len(part) + 1])
         leaf = leaf.reshape(*shape[:dimension], joined, *shape[dimension + len(part) + 1 :])

@@ -133,7 +133,7 @@ def _ragged(out_rows: int, axes: tuple[str, ...], rows_RxD: Array, sizes: Sizes)
         sizes.sent,
         sizes.start_there,
         sizes.got,
-        axis_name=axes if len(axes) > 1 else axes[0],
+        axis_name=axes,
     )
 
 
