@@ -24,11 +24,11 @@ from moejax.models import (
     KeepNothing,
     LayerSpec,
     ModelSpec,
+    Structure,
     combine,
     forward,
 )
 from moejax.moe import (
-    TED,
     BiasedTopK,
     Local,
     MoESpec,
@@ -40,7 +40,7 @@ from moejax.moe import (
     SigmoidGates,
     TopKLoadBalance,
 )
-from moejax.train import AdamW, TrainState, start, start_on_mesh, train_step
+from moejax.train import TrainState, outline_on_mesh, start, start_on_mesh, train_step
 from tests.evaluate.conftest import cut
 
 VOCAB, STEPS, SEED = 24, 3, 4
@@ -99,61 +99,65 @@ def difference(state: TrainState, other: TrainState) -> float:
     return max(jax.tree.leaves(jax.tree.map(one, state, other)))
 
 
-def training() -> dict:
-    whole, said = on_one_device()
-    halves, said_halves = on_one_device(accumulate=2)
+def trained(on: Parallel, **how) -> tuple[Structure, TrainState, dict]:
+    """A run on a mesh, and what became of its arrays."""
+    structure, state, placement = start_on_mesh(spec(), SEED, Descent(), STEPS, on)
+    step = train_step(structure, Descent(), STEPS, losses=LOSSES, placement=placement, **how)
+    before = state
+    state, objective = run(step, state)
+    banks = [leaf for leaf in jax.tree.leaves(state.optimizer) if leaf.ndim == 4]  # [L, E, K, N]
+    return (
+        structure,
+        state,
+        {
+            "objective": objective,
+            "donated": all(leaf.is_deleted() for leaf in jax.tree.leaves(before)),
+            "kept": jax.tree.all(jax.tree.map(_lies, state, placement.state)),
+            "largest_share": max(leaf.addressable_data(0).size / leaf.size for leaf in banks),
+        },
+    )
+
+
+def _lies(leaf, sharding) -> bool:
+    return leaf.sharding == sharding
+
+
+def training(padded: tuple[Structure, TrainState, dict]) -> dict:
     everything = Rules(embed=("fsdp", "node", "expert"))
+    whole, halves = on_one_device(), on_one_device(accumulate=2)
+    kept = {"accumulate": 2, "remat": KeepDispatch()}
     cases = {
-        "padded": (parallel(PaddedAllToAll(), data=2, expert=4), {}, whole, said),
-        "ring, fsdp": (parallel(Ring(), everything, fsdp=2, expert=4), {}, whole, said),
+        "padded": (padded, whole),
+        "ring, fsdp": (trained(parallel(Ring(), everything, fsdp=2, expert=4)), whole),
         "accumulated": (
-            parallel(PaddedAllToAll(), data=2, expert=2, model=2),
-            {"accumulate": 2, "remat": KeepDispatch()},
+            trained(parallel(PaddedAllToAll(), data=2, expert=2, model=2), **kept),
             halves,
-            said_halves,
         ),
-        "TED": (parallel(TED(), data=2, expert=2, model=2), {}, whole, said),
-        "one device": (parallel(Local(), data=1), {"remat": KeepNothing()}, whole, said),
     }
     found = {}
-    for name, (on, how, expected, expected_said) in cases.items():
-        structure, state, placement = start_on_mesh(spec(), SEED, Descent(), STEPS, on)
-        step = train_step(structure, Descent(), STEPS, losses=LOSSES, placement=placement, **how)
-        before = state
-        state, objective = run(step, state)
-        moments = jax.tree.leaves(state.optimizer)
-        found[name] = {
-            "difference": difference(state, expected),
-            "objective": np.abs(np.subtract(objective, expected_said)).max(),
-            "donated": all(leaf.is_deleted() for leaf in jax.tree.leaves(before)),
-            "kept": jax.tree.all(
-                jax.tree.map(lambda leaf, s: leaf.sharding == s, state, placement.state)
-            ),
-            "largest_share": max(
-                leaf.addressable_data(0).size / leaf.size for leaf in moments if leaf.ndim > 2
-            ),
-        }
+    for name, ((_, state, said), (expected, objective)) in cases.items():
+        apart = float(np.abs(np.subtract(said["objective"], objective)).max())
+        found[name] = {**said, "difference": difference(state, expected), "objective": apart}
     return found
 
 
 def exchanges(remat) -> int:
     """All-to-alls in a training step, both passes."""
     on = parallel(PaddedAllToAll(), expert=8)
-    structure, state, placement = start_on_mesh(spec(), SEED, Descent(), STEPS, on)
+    structure, state, placement = outline_on_mesh(spec(), Descent(), STEPS, on)
     step = train_step(structure, Descent(), STEPS, placement=placement, remat=remat)
     text = step.lower(state, batches()[0]).as_text("hlo")
     return len(re.findall(r" all-to-all\(", text))
 
 
-def checkpoints(folder: str) -> dict:
+def checkpoints(folder: str, structure: Structure, state: TrainState) -> dict:
     """Largest difference of logits, and of the optimizer, after a restore on another mesh."""
     meshes = {
-        "2,4": parallel(PaddedAllToAll(), data=2, expert=4),
         "1,1": parallel(Local(), data=1),
         "4,2": parallel(Ring(), data=4, expert=2),
         "1,8": parallel(PaddedAllToAll(), expert=8),
     }
-    rule, tokens = AdamW(warmup=1), batches()[0][:, :-1]
+    tokens = batches()[0][:, :-1]
 
     def logits(structure, state, on):
         def apply(trainable, frozen):
@@ -161,38 +165,30 @@ def checkpoints(folder: str) -> dict:
 
         return np.asarray(jax.jit(apply)(state.trainable, state.frozen))
 
-    structure, state, placement = start_on_mesh(spec(), SEED, rule, STEPS, meshes["2,4"])
-    state, _ = run(train_step(structure, rule, STEPS, placement=placement), state)
+    found = {}
     with TrainCheckpoints(folder) as saved:
         saved.save(STEPS, state, {})
         saved.wait()
-        expected, found = logits(structure, state, meshes["2,4"]), {}
+        expected = logits(structure, state, WRITTEN_ON)
         for name, on in meshes.items():
-            structure, like, where = start_on_mesh(spec(), SEED + 1, rule, STEPS, on)
-            step, other, _ = saved.restore_latest(like)
+            structure, like, where = outline_on_mesh(spec(), Descent(), STEPS, on)
+            other = saved.restore(STEPS, like)[0]
             equal = jax.tree.map(lambda a, b: bool((np.asarray(a) == b).all()), other, state)
-            placed = jax.tree.map(lambda leaf, s: leaf.sharding == s, other, where.state)
             found[name] = {
                 "logits": float(np.abs(logits(structure, other, on) - expected).max()),
                 "equal": jax.tree.all(equal),
-                "placed": jax.tree.all(placed),
+                "placed": jax.tree.all(jax.tree.map(_lies, other, where.state)),
             }
-        structure, like = start(DecoderLM(spec(), rngs=nnx.Rngs(0)), rule, STEPS)
-        _, other, _ = saved.restore_latest(like)
-        gap = np.abs(logits(structure, other, None) - expected).max()
-        found["no mesh"] = {"logits": float(gap), "equal": True, "placed": True}
     return found
 
 
-def evaluation() -> dict:
-    on = parallel(PaddedAllToAll(), data=2, expert=4)
-    structure, state, _ = start_on_mesh(spec(), SEED, Descent(), STEPS, on)
+def evaluation(structure: Structure, state: TrainState) -> dict:
     model = combine(structure, state.trainable, state.frozen)
-    other = DecoderLM(spec(), rngs=nnx.Rngs(SEED))
+    other = combine(structure, *jax.device_get((state.trainable, state.frozen)))
     text = cut({"docs": np.random.default_rng(0).integers(0, VOCAB, 190)}, 4)
     how = {"base": {"b": "a"}, "group_bytes": {"docs": 500}}
     one = evaluate({"a": other, "b": other}, text, **how)["b"]
-    many = evaluate({"a": model, "b": model}, text, **how, parallel=on)["b"]
+    many = evaluate({"a": model, "b": model}, text, **how, parallel=WRITTEN_ON)["b"]
     return {
         "bits": abs(one.average.bits_per_byte - many.average.bits_per_byte),
         "counts": [
@@ -204,14 +200,16 @@ def evaluation() -> dict:
 
 if __name__ == "__main__":
     assert len(jax.devices()) == 8
+    WRITTEN_ON = parallel(PaddedAllToAll(), data=2, expert=4)
+    padded = trained(WRITTEN_ON)
     report = {
-        "training": training(),
+        "training": training(padded),
         "exchanges": {
             "kept whole": exchanges(None),
             "dispatch": exchanges(KeepDispatch()),
             "nothing": exchanges(KeepNothing()),
         },
-        "checkpoints": checkpoints(sys.argv[1]),
-        "evaluation": evaluation(),
+        "checkpoints": checkpoints(sys.argv[1], *padded[:2]),
+        "evaluation": evaluation(*padded[:2]),
     }
     print(json.dumps(report))
