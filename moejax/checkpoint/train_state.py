@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
 from moejax.core import CheckpointError, RunError
+from moejax.core.paths import Folder, folder_of
 
 _METRIC = "metric"
 
@@ -28,9 +28,10 @@ class TrainCheckpoints:
     here, when the folder is opened for the next run.
     """
 
-    def __init__(self, folder: Path | str, keep_last: int = 2, keep_best: int = 0):
+    def __init__(self, folder: Folder | str, keep_last: int = 2, keep_best: int = 0):
         """Raises RunError if the folder cannot be written.
 
+        folder: on a disk that all processes reach, or in a bucket, as gs://name/run.
         keep_last: at least 1. keep_best: of those saved with a metric, the lowest are the best.
         """
         if keep_last < 1 or keep_best < 0:
@@ -38,7 +39,7 @@ class TrainCheckpoints:
                 f"keep_last = {keep_last} and keep_best = {keep_best} leave nothing to resume.",
                 "Choose keep_last from 1 and keep_best from 0.",
             )
-        self.folder = Path(folder).absolute()
+        self.folder = folder_of(folder)
         self._keep_best = keep_best
         policies = ocp.checkpoint_managers
         try:
@@ -144,7 +145,7 @@ class TrainCheckpoints:
         self.close()
 
 
-def _unwritable(folder: Path, error: OSError) -> RunError:
+def _unwritable(folder: Folder, error: OSError) -> RunError:
     return RunError(
         f"{folder} cannot be written: {error.strerror or error}.",
         "Free space or choose another folder with --out, then run the same command again.",

@@ -100,7 +100,8 @@ class Train:
     evaluate_bytes: text of the valid split per group. evaluators: further model -> {name: number}.
 
     remat: what the backward pass computes again, None for nothing. on: the mesh to run on, None for
-    one device.
+    one device. checkpoints: their folder, such as gs://bucket/run, where processes on several hosts
+    share no disk; None for that in the run folder.
 
     A run folder that holds an unfinished run of the same config is resumed where it stopped. In
     several processes each reads its own rows of every batch, the first one writes the run folder,
@@ -132,6 +133,7 @@ class Train:
     evaluators: tuple[Callable[[DecoderLM], Mapping[str, float]], ...] = ()
     remat: Remat | None = None
     on: OnMesh | None = None
+    checkpoints: str | None = None
 
     def check(self) -> None:
         for field in ("steps", "batch", "length", "accumulate", "log_every", "keep_last"):
@@ -193,7 +195,9 @@ class Train:
         schedule = Schedule(self.steps, self.log_every, self.evaluate_every, self.checkpoint_every)
         with (
             self._metrics(folder) as metrics,
-            TrainCheckpoints(folder.checkpoints, self.keep_last, self.keep_best) as checkpoints,
+            TrainCheckpoints(
+                self.checkpoints or folder.checkpoints, self.keep_last, self.keep_best
+            ) as checkpoints,
         ):
             state = train(
                 structure,

@@ -141,3 +141,17 @@ def store_of_session(tmp_path_factory):
 
 
 GOLDEN_STARTS = [1000, 73, 2728, 241]
+
+
+@pytest.mark.parametrize("cuts", [[[0, 1, 2], [3, 4, 5]], [[0, 3], [1, 2, 4], [5]]])
+def test_processes_read_the_rows_of_one_batch(store_of_session, cuts):
+    """Catches processes that read the same rows, and positions that drift apart."""
+    arguments = (store_of_session, 6, 16, {"a": 0.5, "b": 0.3, "c": 0.2})
+    whole, parts = Batches(*arguments), [Batches(*arguments, rows=rows) for rows in cuts]
+    for _ in range(12):
+        batch = next(whole)
+        for rows, part in zip(cuts, parts, strict=True):
+            read = next(part)
+            np.testing.assert_array_equal(read.tokens_BxS1, batch.tokens_BxS1[rows])
+            np.testing.assert_array_equal(read.group_B, batch.group_B[rows])
+    assert all(part.state() == whole.state() for part in parts)

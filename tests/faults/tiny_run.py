@@ -1,10 +1,12 @@
 """A tiny training run that can be told to die: `python tiny_run.py FOLDER [STEP SIGNAL]`."""
 
+import dataclasses
 import os
 import random
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from moejax.data import train_tokenizer
 from moejax.jobs.train import Train
@@ -46,14 +48,14 @@ class Fate:
         pass
 
 
-def job(*trackers: Callable) -> Train:
+def job(*trackers: Callable, **changes: Any) -> Train:
     """A run whose state holds everything a run can hold: Adam's moments, a router's bias, data."""
     corpus = Words()
     texts = (text for group in corpus.groups for text in corpus.documents(group, "train"))
     router = RouterSpec(selector=BiasedTopK(k=2), gates=SoftmaxGates(renormalise=True))
     mixer = AttentionSpec(heads=2, kv_heads=1, head_width=8)
     layer = LayerSpec(mixer=mixer, ffn=MoESpec(experts=4, width=8, router=router))
-    return Train(
+    job = Train(
         model=ModelSpec(vocab=280, width=16, layers=(layer, layer)),
         corpus=corpus,
         tokenizer=train_tokenizer(texts, 280),
@@ -68,6 +70,7 @@ def job(*trackers: Callable) -> Train:
         evaluate_bytes=1000,
         trackers=trackers,
     )
+    return dataclasses.replace(job, **changes)
 
 
 def run(path: Path, *fate: int) -> None:

@@ -69,3 +69,19 @@ def test_the_incoming_gradient_scales_both(factor):
     scaled = jax.grad(lambda *a: factor * cross_entropy(*a), argnums=(0, 1))(*arrays)
     for a, b in zip(plain, scaled, strict=True):
         np.testing.assert_allclose(factor * a, b, rtol=1e-6)
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 512])
+def test_parts_change_the_order_alone(chunk):
+    """Catches a gradient that lands at another token when each device does chunks of its own."""
+    generator = np.random.default_rng(0)
+    hidden, table = generator.standard_normal((12, D)), generator.standard_normal((V, D))
+    target = generator.integers(0, V, 12)
+
+    def loss_of(hidden_TxD):
+        return cross_entropy(hidden_TxD, jnp.float32(table), jnp.int32(target), chunk, 4)
+
+    loss, dhidden64, _ = oracle(hidden, table, target)
+    found, dhidden = jax.value_and_grad(loss_of)(jnp.float32(hidden))
+    np.testing.assert_allclose(found, loss, rtol=1e-5)
+    np.testing.assert_allclose(dhidden, dhidden64, atol=1e-6)
