@@ -12,7 +12,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from moejax_kernels import aot
 
 from moejax.core import RunError, SpecError, check_that, parts, spec
-from moejax.core.atomic import write_json
+from moejax.core.atomic import read_json, write_json
 from moejax.jobs.pod_advice import advice
 from moejax.jobs.pod_steps import PodStep, StepProgram, bytes_on_device
 from moejax.mesh import MeshSpec, Rules
@@ -190,6 +190,6 @@ def _part(part: aot.Part) -> dict[str, Any]:
     return {**flat.pop("work"), **flat, "bound": part.bound}
 
 
-def results_of(folder: Path) -> Path:
-    """The file that a run of `Compile` leaves."""
-    return folder / FILE
+def read_facts(folder: Path) -> dict[str, Any]:
+    """What a run of `Compile` left; RunError when there is nothing, or it is damaged."""
+    return read_json(folder / FILE)

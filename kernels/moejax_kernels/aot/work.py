@@ -105,41 +105,54 @@ def hbm_bytes(program: Program, computation: str, one: Instruction) -> float:
     return float(sum(_in_hbm(o.arrays) for o in operands) + _in_hbm(one.arrays))
 
 
-def _fusion_bytes(program, called: str, one: Instruction, operands) -> float:
-    body = program.computations.get(called, ())
-    users: dict[str, list[Instruction]] = {}
-    for inner in body:
-        for name in inner.operands:
-            users.setdefault(name, []).append(inner)
+_SLICES = ("dynamic-slice", "slice", "gather")
+
+
+def _fusion_bytes(
+    program: Program, called: str, one: Instruction, operands: tuple[Instruction, ...]
+) -> float:
     total, updated = 0.0, 0
-    for inner in body:
-        if inner.opcode != "parameter":
+    for inner in program.computations.get(called, ()):
+        if inner.opcode != "parameter" or int(inner.operands[0]) >= len(operands):
             continue
-        index = int(inner.operands[0])
-        if index >= len(operands) or not _in_hbm(operands[index].arrays):
+        whole = _in_hbm(operands[int(inner.operands[0])].arrays)
+        if not whole:
             continue
-        reads = _through_bitcasts(inner, users)
-        if reads and all(r.opcode in ("dynamic-slice", "slice", "gather") for r in reads):
-            total += min(
-                sum(a.bytes for r in reads for a in r.arrays), _in_hbm(operands[index].arrays)
-            )
-        elif reads and all(
-            r.opcode == "dynamic-update-slice" and r.operands[0] != r.operands[1] for r in reads
-        ):
-            for r in reads:
-                update = program.find(called, r.operands[1])
-                updated += sum(a.bytes for a in r.arrays)
+        reads = _readers(program, called, inner)
+        if reads and all(reader.opcode in _SLICES for _, reader in reads):
+            total += min(sum(a.bytes for _, r in reads for a in r.arrays), whole)
+        elif reads and all(_updates(reader) for _, reader in reads):
+            for where, reader in reads:
+                update = program.find(where, reader.operands[1])
+                updated += sum(a.bytes for a in reader.arrays)
                 total += sum(a.bytes for a in update.arrays) if update else 0
         else:
-            total += _in_hbm(operands[index].arrays)
+            total += whole
     return total + max(_in_hbm(one.arrays) - updated, 0)
 
 
-def _through_bitcasts(one: Instruction, users: dict[str, list[Instruction]]) -> list[Instruction]:
-    found = []
-    for user in users.get(one.name, []):
-        found += _through_bitcasts(user, users) if user.opcode == "bitcast" else [user]
+def _readers(program: Program, where: str, one: Instruction) -> list[tuple[str, Instruction]]:
+    """(computation, op) of what reads a value, through bitcasts and into fusions."""
+    found: list[tuple[str, Instruction]] = []
+    for user in program.computations[where]:
+        if one.name not in user.operands:
+            continue
+        called = _CALLS.search(user.rest) if user.opcode == "fusion" else None
+        if user.opcode == "bitcast":
+            found += _readers(program, where, user)
+        elif called:
+            for inner in program.computations.get(called[1], ()):
+                mine = inner.opcode == "parameter" and int(inner.operands[0]) < len(user.operands)
+                if mine and user.operands[int(inner.operands[0])] == one.name:
+                    found += _readers(program, called[1], inner)
+        else:
+            found.append((where, user))
     return found
+
+
+def _updates(reader: Instruction) -> bool:
+    """Whether an op only overwrites a part of the value."""
+    return reader.opcode == "dynamic-update-slice" and reader.operands[0] != reader.operands[1]
 
 
 def _in_hbm(arrays: tuple[Array, ...]) -> int:
