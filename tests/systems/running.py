@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from moejax.config import load_config
 from moejax.runs import Ledger, RunFolder, StudyResult
 
-
 ON_NANO = ("SavedModel.path = 'nano'", "Text.bytes_per_group = 16384")
 """Overrides that run a study in seconds: the nano model on a quarter of the text."""
 
