@@ -10,6 +10,7 @@ from moejax.compress.channel_patch import (
     ChannelSelection,
     RandomChannels,
 )
+from moejax.compress.cluster_drop import ClusterDrop
 from moejax.compress.dynamic_skip import DynamicSkip
 from moejax.compress.expert_drop import ExpertDrop
 from moejax.compress.global_drop import GlobalExpertDrop
@@ -91,6 +92,7 @@ __all__ = [
     "BySensitivity",
     "ChannelPatch",
     "ChannelSelection",
+    "ClusterDrop",
     "Consecutive",
     "Cost",
     "DamageBudget",
