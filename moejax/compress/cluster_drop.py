@@ -46,7 +46,7 @@ class ClusterDrop(DropsAnywhere):
                     "expert.",
                     "Drop experts of such routers by a score, with ExpertDrop.",
                 )
-        return super(ClusterDrop, self).outline(model)
+        return super().outline(model)
 
     def needs(self, model: ModelSpec) -> tuple[Accumulator, ...]:
         return (CoActivation(),) if self.coactivation else ()
