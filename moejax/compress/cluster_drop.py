@@ -72,7 +72,7 @@ def clusters(d_ExE: np.ndarray, threshold: float, floor: int = 1) -> list[tuple[
     """Complete linkage: the closest pair of experts first, as long as all distances between the
     clusters that it unites are below the threshold and more than `floor` clusters are left."""
     E = len(d_ExE)
-    of = [(e,) for e in range(E)]  # expert -> its cluster
+    of: list[tuple[int, ...]] = [(e,) for e in range(E)]  # expert -> its cluster
     pairs = sorted((d_ExE[i, j], i, j) for i in range(E) for j in range(i + 1, E))
     for distance, i, j in pairs:
         if distance >= threshold or len(set(of)) <= floor:
