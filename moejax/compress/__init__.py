@@ -12,6 +12,7 @@ from moejax.compress.channel_patch import (
     RandomChannels,
 )
 from moejax.compress.dictionary_code import DictionaryCode
+from moejax.compress.cluster_drop import ClusterDrop
 from moejax.compress.dynamic_skip import DynamicSkip
 from moejax.compress.expert_drop import ExpertDrop
 from moejax.compress.factorise import Factorise
@@ -167,6 +168,7 @@ __all__ = [
     "Centre",
     "ChannelPatch",
     "ChannelSelection",
+    "ClusterDrop",
     "CompensatedGrid",
     "Consecutive",
     "Cost",

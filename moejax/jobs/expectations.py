@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import statistics
 from typing import Protocol, runtime_checkable
 
-from moejax.core import ConfigError, spec
+from moejax.core import ConfigError, check_that, spec
 from moejax.runs import ArmResult, Ledger, StudyResult, Verdict
 
 
@@ -120,6 +121,40 @@ class Better:
             held=all(gap > 2 * error for gap, error in gaps.values()),
             detail=", ".join(f"{g} {gap:+.4f} ± {e:.4f}" for g, (gap, e) in gaps.items())
             + " nats per token more, one seed of training each",
+        )
+
+
+@spec
+class LosesLess:
+    """`arm` loses less against its base than the arms `than` do on average, of the same base.
+
+    Beyond twice the spread: the standard deviation over `than`, and the two paired standard errors.
+    """
+
+    arm: str
+    than: tuple[str, ...]
+
+    def check(self) -> None:
+        check_that(len(self.than) > 0, self, "than", "Name the arms to compare with.")
+
+    def __call__(self, study: StudyResult, ledger: Ledger) -> Verdict:
+        arms = [arm_of(study, name) for name in (self.arm, *self.than)]
+        found = [(arm.average.delta_nll, arm.average.delta_stderr or 0.0) for arm in arms]
+        if len({arm.base for arm in arms}) > 1 or any(delta is None for delta, _ in found):
+            raise ConfigError(
+                f"{self.arm!r} and {list(self.than)} have no common base.",
+                "Compare arms of one base.",
+            )
+        (mine, error), *others = [(delta or 0.0, error) for delta, error in found]
+        deltas = [delta for delta, _ in others]
+        mean = statistics.fmean(deltas)
+        errors = math.hypot(error, math.sqrt(statistics.fmean(e * e for _, e in others)))
+        spread = math.hypot(errors, statistics.stdev(deltas) if len(deltas) > 1 else 0.0)
+        names = self.than[0] if len(self.than) == 1 else f"the mean of {len(self.than)} controls"
+        return Verdict(
+            name=f"{self.arm} loses less than {names}",
+            held=mine < mean - 2 * spread,
+            detail=f"{mine:+.4f} against {mean:+.4f} nats per token, spread {spread:.4f}",
         )
 
 

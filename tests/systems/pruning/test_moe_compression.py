@@ -64,7 +64,7 @@ def test_trim_and_slim_take_the_same_bytes_in_either_order(ran):
 
 def test_every_arm_is_a_model(ran):
     """Catches arms that were not measured."""
-    assert all(arm.average.nll == arm.average.nll for arm in ran.result.arms)
+    assert all(arm.average.perplexity == arm.average.perplexity for arm in ran.result.arms)
     assert len(ran.result.verdicts) == 5
 
 
