@@ -10,7 +10,6 @@ NANO = (
     "SavedModel.path='nano'",
     "Text.bytes_per_group=16384",
     "calibration/Text.skip_bytes=16384",
-    "UniformRank.rank=32",
     "svd64/UniformRank.rank=32",
     "white64/UniformRank.rank=32",
     "svd32/UniformRank.rank=16",

@@ -11,6 +11,7 @@ NANO = (
     "Text.bytes_per_group=8192",
     "calibration/Text.skip_bytes=8192",
     "attention/UniformRank.rank=16",
+    "attention/HQQGrid.group=32",
 )
 
 
