@@ -166,15 +166,18 @@ class RankBudget:
     """The ranks of least cost whose mean over a layer's experts is at most `mean_rank`.
 
     The knapsack that allocates bits (`BitBudget`), with ranks for bits: `cost` is asked what the
-    truncated SVD at each of `ranks` costs.
+    truncated SVD at each of `ranks` costs. shards: a divisor of how many experts get each rank, the
+    devices of an expert axis. The other policies give ranks one by one, and banks of unequal parts.
     """
 
     mean_rank: float
     ranks: tuple[int, ...]
     cost: Cost
     solver: Solver = IntegerProgram()
+    shards: int = 1
 
     def check(self) -> None:
+        check_that(self.shards >= 1, self, "shards", "Use 1 where experts are not sharded.")
         fits = bool(self.ranks) and len(set(self.ranks)) == len(self.ranks) and min(self.ranks) >= 1
         check_that(fits, self, "ranks", "Give ranks of 1 or more, each once.")
         check_that(self.mean_rank > 0, self, "mean_rank", "Give a rank above 0.")
@@ -216,7 +219,8 @@ class RankBudget:
                     f"Allow {ranks_B.min()} or more, or add a smaller rank.",
                     field="mean_rank",
                 )
-            rank_E = ranks_B[solver(Problem(cost_ExB, ranks_B, budget, name=name))]
+            problem = Problem(cost_ExB, ranks_B, budget, shards=self.shards, name=name)
+            rank_E = ranks_B[solver(problem)]
             found[layer] = dict.fromkeys(shapes[layer], rank_E)
         return found
 

@@ -7,6 +7,8 @@ import pytest
 from moejax.checkpoint import load_model, save_model
 from moejax.compress import GPTQ, DictionaryCode, Quantize, Sequential, account, check_recipe
 from moejax.core import SpecError
+from moejax.jobs.model_plan import model_bytes_per_device
+from moejax.mesh import MeshSpec
 from moejax.models import parameters
 from moejax.weights import DictionaryCoded, Ternary, TernaryRows, materialize
 from tests.compress.conftest import logits
@@ -29,6 +31,9 @@ def test_the_code_changes_no_weight(applied, text, tmp_path):
     np.testing.assert_allclose(logits(coded, text), logits(plain, text), atol=1e-5)
     rows = [row for row in ledger if row.pass_name == "DictionaryCode"]
     assert sum(row.stored_bytes for row in rows) == account(coded).expert_bytes
+    one = model_bytes_per_device(coded, MeshSpec())
+    experts = account(coded).expert_bytes
+    assert model_bytes_per_device(coded, MeshSpec(expert=2)) == one - experts + experts // 2
     save_model(tmp_path / "model", coded, dtype=jnp.float32)
     again = load_model(tmp_path / "model", dtype=jnp.float32)
     np.testing.assert_array_equal(logits(again, text), logits(coded, text))

@@ -28,6 +28,8 @@ from moejax.compress import (
     check_recipe,
 )
 from moejax.core import MoejaxError, SpecError
+from moejax.jobs.model_plan import model_bytes_per_device
+from moejax.mesh import MeshSpec
 from moejax.models import parameters, with_parameters
 from moejax.weights import AsymmetricGrid, Buckets, HQQGrid, LowRank, RowPatch, Sum
 from tests.compress.conftest import EXPERTS, LAYERS, MATRICES, apply, logits
@@ -35,7 +37,7 @@ from tests.compress.conftest import EXPERTS, LAYERS, MATRICES, apply, logits
 EXACT = PlainSVD(stored="float32")
 RANK_3 = Factorise(ranks=UniformRank(rank=3), method=EXACT)
 TWO_RANKS = Factorise(
-    ranks=RankBudget(mean_rank=6, ranks=(4, 8), cost=FrequencyCost()), method=EXACT
+    ranks=RankBudget(mean_rank=6, ranks=(4, 8), cost=FrequencyCost(), shards=3), method=EXACT
 )
 WHITENED = Factorise(
     ranks=UniformRank(rank=8), method=WhitenedSVD(least_tokens=0.0, stored="float32")
@@ -194,6 +196,16 @@ def test_tails_decide_ranks_per_matrix(model, source, text):
     assert np.isfinite(logits(after, text)).all()
     error = {(r.layer, r.matrix, r.expert): r.relative_error for r in ledger}
     assert error[0, "moe.experts.up", 2] < error[0, "moe.experts.up", 1]
+
+
+@pytest.mark.parametrize("recipe", [TWO_RANKS, ROWS], ids=["ranks", "rows"])
+def test_experts_are_cut_over_devices_with_all_their_leaves(applied, recipe):
+    """Catches factors, channels or indices that every device holds whole, and buckets that three
+    devices cannot share."""
+    after, _ = applied(recipe)
+    one = model_bytes_per_device(after, MeshSpec())
+    experts = sum(weights.nbytes(w) for w in banks(after).values())
+    assert model_bytes_per_device(after, MeshSpec(expert=3)) == one - experts + experts // 3
 
 
 @pytest.mark.parametrize("recipe", [TWO_RANKS, ROWS], ids=["ranks", "rows"])

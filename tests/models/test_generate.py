@@ -40,6 +40,16 @@ FORMATS = {
     "log2": lambda w: weights.Log2Grid(bits=4, group=32)(w),
     "low rank": lambda w: weights.truncated_svd(w, 4),
     "sum": lambda w: weights.Sum((weights.SymmetricGrid(bits=2, group=32)(w), w * 0.5)),
+    "compensated": lambda w: (
+        weights.compensated(
+            w,
+            weights.HQQGrid(bits=3, group=None),
+            4,
+            factors=weights.AsymmetricGrid(bits=3, group=None),
+            iterations=0,
+        ).weight
+    ),
+    "dictionary": lambda w: weights.encode(weights.TernaryRows()(w)),
     "buckets": lambda w: weights.Buckets(
         (
             weights.SymmetricGrid(bits=2, group=32)(w[:1]),
@@ -49,7 +59,12 @@ FORMATS = {
 }
 
 
-SLOWER = {"asymmetric 4", "log2", "low rank"}  # what they share with the others is tested there
+SLOWER = {
+    "asymmetric 4",
+    "log2",
+    "low rank",
+    "dictionary",
+}  # what they share with the others is tested there
 
 
 @pytest.mark.parametrize(
