@@ -66,6 +66,7 @@ from moejax.compress.expert_scores import (
     MeanProbability,
     OutlierScore,
     RandomScore,
+    Rarity,
     RoutedErrorScore,
 )
 
@@ -164,6 +165,7 @@ __all__ = [
     "RandomGroups",
     "RandomScore",
     "RankedExperts",
+    "Rarity",
     "Residual",
     "RoundToNearest",
     "RoutedError",

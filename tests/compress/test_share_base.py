@@ -61,7 +61,7 @@ def residual_energy(model):
 
 
 def test_whole_residuals_change_nothing(model, text, share):
-    """Catches a base rounded after the residual was taken, and units in another order per matrix."""
+    """Catches a base rounded after the residual was taken, and one order per matrix."""
     after, ledger = share(model, ShareBase(residual=WHOLE))
     np.testing.assert_allclose(logits(after, text), logits(model, text), atol=2e-5)
     assert max(row.relative_error for row in ledger) < 1e-6
@@ -95,7 +95,7 @@ def test_residuals_on_a_grid_lose_less_than_weights_on_it(text, share):
     """Catches codes of the weights in the place of the residuals'."""
     planted, grid = near_copies(0.05), AsymmetricGrid(bits=2, group=None)
     after, _ = share(planted, ShareBase(residual=grid))
-    for name, w in parameters(after).items():
+    for w in parameters(after).values():
         if isinstance(w, SharedBase):
             alone = materialize(grid(materialize(w)))
             own = np.abs(materialize(w.residual)).max()
