@@ -127,7 +127,7 @@ def test_residuals_stand_behind_merged_experts(model, text):
     [
         (
             [ShareBase(residual=LowRankResidual(rank=33))],
-            r"rank = 33.*layers.0.moe.experts.down, 32",
+            r"rank = 33.*layers.0.moe.experts.gate, 32",
         ),
         (
             [FOUR_BITS, ShareBase(residual=WHOLE)],
