@@ -114,6 +114,7 @@ from moejax.compress.expert_scores import (
     MeanProbability,
     OutlierScore,
     RandomScore,
+    Rarity,
     RoutedErrorScore,
 )
 
@@ -246,6 +247,7 @@ __all__ = [
     "RankBudget",
     "RankPolicy",
     "RankedExperts",
+    "Rarity",
     "Residual",
     "RoundToNearest",
     "RoutedError",

@@ -50,6 +50,18 @@ class Frequency:
 
 
 @spec
+class Rarity:
+    """The reverse of `Frequency`: the least used expert counts most. A control."""
+
+    def needs(self) -> tuple[Accumulator, ...]:
+        return (ExpertCounts(),)
+
+    def __call__(self, layer: int, block: Block, stats: LayerStatistics) -> np.ndarray:
+        counts_E = stats[ExpertCounts().name]
+        return counts_E.max() - counts_E
+
+
+@spec
 class GateMassScore:
     """The sum of the gate weights that the expert received."""
 

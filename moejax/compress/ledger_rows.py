@@ -77,17 +77,16 @@ class Rows:
                 rows.append(self.of_matrix(matrix, None, after.get(matrix.matrix)))
                 continue
             kept = matrix.expert in place
-            weight = weights.take(after[matrix.matrix], place[matrix.expert]) if kept else None
+            bank = after[matrix.matrix] if kept else None
+            weight = None if bank is None else weights.take(bank, place[matrix.expert])
             number = experts[matrix.expert]
             whole = dataclasses.replace(matrix, lineage=lineage.past.get(number, ()))
             row = self.of_matrix(whole, number, weight)
-            shared = after[matrix.matrix]
-            if kept and isinstance(shared, weights.Format) and shared.common:
+            if isinstance(bank, weights.Format) and bank.common:
                 # What experts share is counted once, with the first of them.
-                own = place[matrix.expert] > 0
-                row = dataclasses.replace(
-                    row, stored_bytes=(row.stored_bytes or 0) - own * shared.common_nbytes
-                )
+                own = (row.stored_bytes or 0) - bank.common_nbytes * (place[matrix.expert] > 0)
+                bits = stored_code_bits(bank, self.dtype)
+                row = dataclasses.replace(row, stored_bytes=own, code_bits=bits)
             rows.append(row)
         return rows
 

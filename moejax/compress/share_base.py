@@ -106,23 +106,32 @@ class ShareBase:
     """Each expert matrix becomes the layer's common one plus a residual stored by `residual`.
 
     Data-free: weights alone decide. SpecError for experts in a format, or a residual that does not
-    fit a matrix. relative_error in the ledger is of the matrix, not of its residual.
+    fit a matrix. matrices: which are stored so; units are matched by all of them. relative_error in
+    the ledger is of the matrix, not of its residual.
     """
 
     residual: Residual
     centre: Centre = Barycentre()
+    matrices: tuple[str, ...] = ("moe.experts.gate", "moe.experts.up", "moe.experts.down")
+
+    def check(self) -> None:
+        known = ("moe.experts.gate", "moe.experts.up", "moe.experts.down")
+        fits = 0 < len(self.matrices) == len(set(self.matrices)) and set(self.matrices) <= set(
+            known
+        )
+        check_that(fits, self, "matrices", f"Name some of {', '.join(known)}.")
 
     def outline(self, model: DecoderLM) -> tuple[DecoderLM, tuple[str, ...]]:
         if not model.spec.moe_layers:
             raise SpecError("ShareBase: the model has no experts.", "Choose a MoE model.")
         named, blocks = parameters(model), layers(model)
+        for index in model.spec.moe_layers:
+            for name in expert_matrices(blocks[index]):  # units are matched by all matrices
+                require_dense(named[f"layers.{index}.{name}"], f"layers.{index}.{name}")
         names = [
-            f"layers.{index}.{name}"
-            for index in model.spec.moe_layers
-            for name in expert_matrices(blocks[index])
+            f"layers.{index}.{name}" for index in model.spec.moe_layers for name in self.matrices
         ]
         for name in names:
-            require_dense(named[name], name)
             store = functools.partial(self._stored, name=name)
             base = jax.ShapeDtypeStruct((1, *named[name].shape[1:]), STORED)
             named[name] = jax.eval_shape(store, named[name], base)
@@ -150,7 +159,7 @@ class ShareBase:
         aligned = permute_hidden(block, order_ExF)
         changed: dict[str, Weight] = {}
         edits: list[MatrixEdit] = []
-        for name in expert_matrices(aligned):
+        for name in self.matrices:
             w = block_weights(aligned)[name].astype(jnp.float32)
             exact = jax.lax.Precision.HIGHEST
             mean = jnp.einsum("e,ekn->kn", jnp.asarray(share_E, jnp.float32), w, precision=exact)

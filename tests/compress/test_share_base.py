@@ -61,7 +61,7 @@ def residual_energy(model):
 
 
 def test_whole_residuals_change_nothing(model, text, share):
-    """Catches a base rounded after its residual was taken, and units ordered matrix by matrix."""
+    """Catches a base rounded after the residual was taken, and one order per matrix."""
     after, ledger = share(model, ShareBase(residual=WHOLE))
     np.testing.assert_allclose(logits(after, text), logits(model, text), atol=2e-5)
     assert max(row.relative_error for row in ledger) < 1e-6
@@ -127,7 +127,7 @@ def test_residuals_stand_behind_merged_experts(model, text):
     [
         (
             [ShareBase(residual=LowRankResidual(rank=33))],
-            r"rank = 33.*layers.0.moe.experts.down, 32",
+            r"rank = 33.*layers.0.moe.experts.gate, 32",
         ),
         (
             [FOUR_BITS, ShareBase(residual=WHOLE)],

@@ -13,6 +13,13 @@ NANO = (
 )
 """A study of the reference model on nano and little text."""
 
+RECOVERY = (
+    "recovery/Text.skip_bytes = 32768",
+    "recovery/Text.bytes_per_group = 65536",
+    "recovery/Text.window = 64",
+)
+"""The same for what a recovery trains on."""
+
 
 class Ran:
     """What a system's study found: `result` and `ledger`."""
