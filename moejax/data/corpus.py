@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Iterable, Iterator
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
@@ -62,15 +63,21 @@ def in_stable_order(documents: Iterable[Document]) -> list[Document]:
 
 
 def heldout_documents(
-    corpus: Corpus, group: str, byte_count: int = HELDOUT_BYTES, split: Split = "heldout"
+    corpus: Corpus,
+    group: str,
+    byte_count: int = HELDOUT_BYTES,
+    split: Split = "heldout",
+    *,
+    first: int = 0,
 ) -> tuple[str, ...]:
-    """The first documents of a group's split that take `byte_count` bytes, a newline after each.
+    """Documents of a group's split that take `byte_count` bytes, a newline after each: those from
+    number `first` on.
 
     The last document is cut at the end of a line, so that the text is at most `byte_count` bytes.
     Raises DataError if the group holds less than 99 % of `byte_count`.
     """
     taken, room = [], byte_count
-    for text in corpus.documents(group, split):
+    for text in itertools.islice(corpus.documents(group, split), first, None):
         size = len(text.encode()) + 1
         if size > room:
             taken += [lines] if (lines := _whole_lines(text, room - 1)) else []

@@ -22,7 +22,8 @@ from moejax.runs import progress
 
 @spec
 class Text:
-    """`bytes_per_group` of a split of every group's text, after the first `skip_bytes` of it.
+    """`bytes_per_group` of a split of every group's text, from the first document on that its first
+    `skip_bytes` hold nothing of.
 
     window: tokens per window, which sees nothing of the windows before it. batch: windows at a
     time; no figure depends on it.
@@ -59,10 +60,8 @@ class Text:
 
     def span(self, group: str) -> range:
         """Which documents of the split these are, counted from its first; the last may be cut."""
-        skipped = ()
-        if self.skip_bytes:
-            skipped = heldout_documents(self.corpus, group, self.skip_bytes, self.split)
-        return range(len(skipped), len(skipped) + len(self.documents(group)))
+        first = _skipped(self.corpus, group, self.split, self.skip_bytes)
+        return range(first, first + len(self.documents(group)))
 
     def batches(self, tokenizer: Tokenizer | None = None) -> tuple[list[EvalBatch], dict[str, int]]:
         """Windows of all groups, and bytes of text per group; default is the shipped tokenizer."""
@@ -90,8 +89,13 @@ class Text:
 
 @functools.lru_cache(maxsize=32)
 def _documents(corpus: Corpus, group: str, split: Split, skip: int, size: int) -> tuple[str, ...]:
-    taken = heldout_documents(corpus, group, skip + size, split)
-    return taken[len(heldout_documents(corpus, group, skip, split)) :] if skip else taken
+    first = _skipped(corpus, group, split, skip)
+    return heldout_documents(corpus, group, size, split, first=first)
+
+
+def _skipped(corpus: Corpus, group: str, split: Split, skip: int) -> int:
+    """How many documents the first `skip` bytes hold something of."""
+    return len(heldout_documents(corpus, group, skip, split)) if skip else 0
 
 
 def _beginning(corpus: Corpus, group: str) -> bytes:

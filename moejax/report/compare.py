@@ -28,8 +28,8 @@ from moejax.runs.records import to_record
 def compare_reports(folders: Sequence[RunFolder | Path | str], out: Path | str) -> Path:
     """Writes report.html, report.json and plots/ into the folder `out` for the runs in `folders`.
 
-    Changes are against each run's own base. Raises RunError when a folder has no results, or `out`
-    is one of the runs.
+    Changes are against each arm's base in the table, against each run's first arm in the figure.
+    Raises RunError when a folder has no results, or `out` is one of the runs.
     """
     out = Path(out)
     runs = [f if isinstance(f, RunFolder) else RunFolder.open(f) for f in folders]
@@ -60,7 +60,7 @@ def _add_frontier(page: Page, studies: dict[str, StudyResult]) -> None:
     points = [point for name, study in studies.items() for point in study_points(study, name)]
     path = page.plots / "frontier.png"
     left_out = draw_frontier(path, points)
-    caption = "Change against each run's own base; bars are one standard error."
+    caption = "Change against each run's first arm; bars are one standard error."
     if left_out:
         caption += f" Not drawn, because not finite: {', '.join(left_out)}."
     page.figures([(path, "Stored bytes against change of bits per byte for all runs", caption)])

@@ -100,7 +100,7 @@ def _scale(axes: Axes, points: Sequence[Point]) -> None:
     if len(losses) > 2 and losses.max() > 40 * np.median(losses):
         # One ruined arm must not flatten the others: linear near zero, logarithmic beyond.
         axes.set_yscale("symlog", linthresh=float(np.median(losses)))
-        axes.set_ylabel("bits per byte above the base (logarithmic when large)")
+        axes.set_ylabel("bits per byte above the first arm (logarithmic when large)")
     axes.margins(y=0.12)
 
 
