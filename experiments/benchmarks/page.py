@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from experiments.benchmarks import bars, results
+from experiments.benchmarks import bars, results, tpu
 
 _INTRO = """# Benchmarks
 
@@ -54,20 +54,28 @@ def write(folder: Path, page: Path) -> None:
     """Writes the page from tpu.json and cpu.json, those that exist; reasons.json explains bars."""
     reasons = _read(folder / "reasons.json") or {}
     parts = [_INTRO]
-    if tpu := results.load(folder / "tpu.json"):
-        rows = results.rows_of(tpu)
-        parts += [_TPU, _facts(tpu), bars.table(bars.TPU_BARS, rows, reasons)]
+    if on_tpu := results.load(folder / "tpu.json"):
+        rows = results.rows_of(on_tpu)
+        parts += [_TPU, _facts(on_tpu), bars.table(bars.TPU_BARS, rows, reasons), _missing(rows)]
         parts += [_tpu_tables(rows), _whole(rows), _pictures(folder, page)]
     parts.append(_SPARSE)
-    if cpu := results.load(folder / "cpu.json"):
-        rows = results.rows_of(cpu)
-        parts += [_CPU, _facts(cpu), bars.table(bars.CPU_BARS, rows, reasons)]
+    if on_cpu := results.load(folder / "cpu.json"):
+        rows = results.rows_of(on_cpu)
+        parts += [_CPU, _facts(on_cpu), bars.table(bars.CPU_BARS, rows, reasons)]
         parts += [_cpu_table(rows)]
     page.write_text("\n\n".join(part.strip() for part in parts if part) + "\n")
 
 
 def _read(path: Path) -> Any:
     return json.loads(path.read_text()) if path.exists() else None
+
+
+def _missing(rows: Iterable[Mapping[str, Any]]) -> str:
+    """Headline shapes without a row, which the bars above therefore say nothing of."""
+    seen = {(row["chip"], row["shape"]) for row in rows}
+    names = [(chip, shape.name) for chip in bars.TPUS for shape in tpu.HEADLINE]
+    left = [f"{chip} {name}" for chip, name in names if (chip, name) not in seen]
+    return f"Not measured yet: {', '.join(left)}." if left else ""
 
 
 def _facts(runs: Iterable[Mapping[str, Any]]) -> str:
