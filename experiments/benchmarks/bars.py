@@ -212,8 +212,10 @@ def table(bars: Iterable[Bar], rows: Iterable[Row], reasons: Mapping[str, str]) 
         )
         if by_hbm:
             verdict += f"; {by_hbm} out of reach of any kernel, by HBM alone"
-        if kept + by_hbm < len(measured):
-            verdict += f": {reasons.get(bar.name, 'cause not shown yet')}"
+        if kept < len(measured):
+            unknown = "" if kept + by_hbm == len(measured) else "cause not shown yet"
+            reason = reasons.get(bar.name, unknown)
+            verdict += f": {reason}" if reason else ""
         figure = f"{measured[worst]:.3g}"
         lines.append(f"| {bar.name} | {sign} {bar.bound:g} | {figure} | {worst} | {verdict} |")
     return "\n".join(lines)

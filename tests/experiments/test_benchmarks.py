@@ -79,7 +79,7 @@ def test_every_bar_can_be_measured(tmp_path):
     page.write(tmp_path, tmp_path / "page.md")
     text = (tmp_path / "page.md").read_text()
     assert "qwix was not installed" in text and "ours int2 g128" in text
-    assert "not measured" not in text
+    assert "not measured" not in text and "Not measured yet: v5e olmoe/8/down" in text
 
 
 def test_a_run_replaces_what_it_measured_and_nothing_else(tmp_path):

@@ -55,7 +55,9 @@ def quantized_grouped_matmul(
         that integer matrix units can be used; an element is off by half a step at most, which at
         24 bits is less than float32 sums lose. The low-rank term sees x unrounded. Gradients go
         straight through the rounding.
-    backend: None for the platform's best, else one of BACKENDS. "pallas_triton" is for few rows per
+    backend: None for the platform's best, else one of BACKENDS. "pallas_tpu" multiplies raw codes
+        where an expert has few rows; where it has many, and for dx, it decodes a slice once for its
+        group, rounded to x's dtype (bfloat16 or float32). "pallas_triton" is for few rows per
         expert on NVIDIA cards: 4 or 8 bits, without addend or activation_bits; it compiles for an
         H100 and has not run on a card, so that None takes portable code there.
     Returns [R, N] in x's dtype, accumulated in float32; rows of groups without an expert here and
