@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moejax.data import Batch, Batches
@@ -33,7 +33,8 @@ class Placement:
     @property
     def platform(self) -> str:
         """What the devices are: cpu, gpu or tpu."""
-        return self.parallel.mesh.devices.flat[0].platform
+        mesh = self.parallel.mesh
+        return mesh.devices.flat[0].platform if isinstance(mesh, Mesh) else jax.default_backend()
 
     def parts(self, rows: int) -> int:
         """How many parts of a batch there are, each on devices of its own."""
