@@ -21,9 +21,9 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items):
-    """The tests of a system share one run of its study, so one worker gets them all."""
+    """The tests of a system, or of strategies, share one run, so one worker gets them all."""
     for item in items:
-        if item.module.__name__.startswith("tests.systems."):
+        if item.module.__name__.startswith(("tests.systems.", "tests.moe.parallel.")):
             item.add_marker(pytest.mark.xdist_group(item.module.__name__))
 
 

@@ -52,7 +52,7 @@ def parameter_axes(name: str, ndim: int) -> Axes:
     """
     part, _, last = name.rpartition(".")
     if part == "moe.router.scores":
-        return (EMBED, *(None,) * (ndim - 1)) if last == "kernel" else (None,) * ndim
+        return (EMBED, *(None,) * (ndim - 1)) if ndim == 2 else (None,) * ndim
     axes = _OUTER.get(name) if not part else _PARTS.get(part, {}).get(last)
     return (None,) * ndim if axes is None else axes
 

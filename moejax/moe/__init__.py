@@ -7,6 +7,7 @@ from moejax.moe.routing import ROUTING, RouterContext, Routing, SlotMap
 from moejax.moe.router import Router, RouterSpec, RouterState
 from moejax.moe.scores import (
     AttentionScores,
+    BiLevelScores,
     LinearScores,
     Scores,
     StandardisedScores,
@@ -68,6 +69,7 @@ from moejax.moe.parallel import (
 
 # Losses
 from moejax.moe.losses import (
+    BiLevelLoadBalance,
     PooledLoadBalance,
     RouterLoss,
     RouterZLoss,
@@ -93,6 +95,8 @@ __all__ = [
     "Activation",
     "AttentionImportance",
     "AttentionScores",
+    "BiLevelLoadBalance",
+    "BiLevelScores",
     "BiasedTopK",
     "Capacity",
     "ChoiceCapacity",

@@ -7,6 +7,7 @@ f_i the share of tokens whose choices include expert i, and P_i the mean probabi
 | SwitchLoadBalance | E sum_i f_i P_i, f_i of the first choice only (arXiv:2101.03961, eq. 4) | 1 |
 | TopKLoadBalance | E sum_i f_i P_i, f_i of all k choices, each layer by itself | k |
 | PooledLoadBalance | the same over the tokens of all layers together (transformers' Mixtral) | k |
+| BiLevelLoadBalance | the Switch loss over nodes, and over their places (arXiv:2212.05191) | 2 |
 | RouterZLoss | mean logsumexp(l)^2 (arXiv:2202.08906, eq. 5) | - |
 
 Per-layer losses are summed over layers.
@@ -22,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from moejax.core import spec
+from moejax.core import check_that, spec
 from moejax.moe.routing import Routing
 
 
@@ -64,6 +65,31 @@ class PooledLoadBalance:
         share_E = _total(share for share, _ in shares) / len(shares)
         mean_E = _total(mean for _, mean in shares) / len(shares)
         return self.weight * _balance(share_E, mean_E)
+
+
+@spec
+class BiLevelLoadBalance:
+    """weight n sum_i f_i P_i + device_weight m sum_j f_j Q_j, layer by layer, summed.
+
+    For `BiLevelScores` of n nodes with m experts each (arXiv:2212.05191): P and Q are the mean
+    probabilities of a node and of a place within it, f the shares of first choices.
+    """
+
+    nodes: int
+    weight: float = 0.01
+    device_weight: float = 0.01
+
+    def check(self) -> None:
+        check_that(self.nodes >= 1, self, "nodes", "Give the nodes of BiLevelScores.")
+
+    def __call__(self, routings: Sequence[Routing], mask_T: Array | None) -> Array:
+        return _total(self._of_layer(*_first_shares(r, mask_T)) for r in routings)
+
+    def _of_layer(self, share_E: Array, mean_E: Array) -> Array:
+        share_IxJ, mean_IxJ = share_E.reshape(self.nodes, -1), mean_E.reshape(self.nodes, -1)
+        nodes = _balance(share_IxJ.sum(1), mean_IxJ.sum(1))
+        places = _balance(share_IxJ.sum(0), mean_IxJ.sum(0))
+        return self.weight * nodes + self.device_weight * places
 
 
 @spec

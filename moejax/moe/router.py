@@ -13,6 +13,7 @@
 | Linear | GroupLimited(TopK, best=1) | SoftmaxGates(scale) | DeepSeek-V2 |
 | Linear | GroupLimited(BiasedTopK, best=2) | SigmoidGates(scale) | DeepSeek-V3 |
 | Linear | BiasedTopK | SigmoidGates(scale) | GLM-4-MoE (one group) |
+| BiLevel(nodes) | TopK(1) | SoftmaxGates() | SMILE |
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from moejax import weights
-from moejax.core import compat, spec
+from moejax.core import SpecError, compat, spec
 from moejax.core.axes import EXPERT
 from moejax.moe.gates import Gates
 from moejax.moe.routing import ROUTING, RouterContext, Routing
@@ -81,8 +82,16 @@ class Router(nnx.Module):
         )
 
     def take(self, index: Array) -> None:
-        """Leaves only the experts `index`, which may be traced: their scores and their state."""
+        """Leaves only the experts `index`, which may be traced: their scores and their state.
+
+        Raises SpecError where the scores hold nothing that is an expert's own.
+        """
         axes = self.spec.scores.axes()
+        if not any(EXPERT in names for names in axes.values()):
+            raise SpecError(
+                f"{type(self.spec.scores).__name__} has no scores of single experts to select.",
+                "Keep all experts of such a router, or train it with LinearScores.",
+            )
         for name, variable in self.scores.items():
             if EXPERT in axes[name]:
                 value = compat.read(variable)

@@ -9,11 +9,13 @@ import jax.numpy as jnp
 from jax import Array
 
 from moejax import weights
-from moejax.core import check_that, spec
+from moejax.core import SpecError, check_that, spec
 from moejax.core.axes import EMBED, EXPERT
 from moejax.moe.routing import RouterContext
 
 HIDDEN = "router_hidden"  # H, the inner width of a two-layer router
+NODES = "router_nodes"  # groups of experts, and the place within a group
+DEVICES = "router_devices"
 
 
 @runtime_checkable
@@ -133,6 +135,43 @@ class StandardisedScores:
             self.deviation * z_TxE * jax.lax.rsqrt(jnp.where(spread_Tx1, square_Tx1, 1.0)),
             0.0,
         )
+
+
+@spec
+class BiLevelScores:
+    """logits_(i, j) = log softmax(x W)_i + log softmax(x V)_j: first a node, then a device in it.
+
+    SMILE's two routers (arXiv:2212.05191): the softmax of these logits is p_i q_j, and its largest
+    entry the pair of largest p and q, whose gate it is with TopK(k=1) and SoftmaxGates().
+    Expert i * E / nodes + j; W [D, nodes] under the name `node`, V [D, E / nodes] under `device`.
+    No expert has a column of its own, so that none can be dropped or moved.
+    """
+
+    nodes: int
+
+    def check(self) -> None:
+        check_that(self.nodes >= 1, self, "nodes", "Give the groups that experts lie in.")
+
+    def init(self, width: int, experts: int, scale: float, key: Array) -> dict[str, Array]:
+        if experts % self.nodes:
+            raise SpecError(
+                f"BiLevelScores.nodes = {self.nodes} does not divide the {experts} experts.",
+                "Choose a divisor.",
+                field="nodes",
+            )
+        first, second = jax.random.split(key)
+        return {
+            "node": _draw(first, (width, self.nodes), scale),
+            "device": _draw(second, (width, experts // self.nodes), scale),
+        }
+
+    def axes(self) -> dict[str, tuple[str, ...]]:
+        return {"node": (EMBED, NODES), "device": (EMBED, DEVICES)}
+
+    def __call__(self, parameters: dict[str, Any], x_TxD: Array, context: RouterContext) -> Array:
+        node_TxI = jax.nn.log_softmax(_times(x_TxD, parameters["node"]), axis=-1)
+        device_TxJ = jax.nn.log_softmax(_times(x_TxD, parameters["device"]), axis=-1)
+        return (node_TxI[:, :, None] + device_TxJ[:, None, :]).reshape(x_TxD.shape[0], -1)
 
 
 def _draw(key: Array, shape: tuple[int, ...], scale: float) -> Array:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from moejax_kernels.grouped_matmul import xla as dense_xla
+from moejax_kernels.platforms import alike
 from moejax_kernels.quantized_grouped_matmul import (
     pallas_tpu,
     pallas_triton,
@@ -78,7 +79,8 @@ def quantized_grouped_matmul(
             f"pallas_triton takes 4 or 8 bits in groups of at least 16 words, x as it is and no "
             f"addend; got {bits} bits, words {words.shape}, {scale.shape[1]} groups; use 'xla'."
         )
-    return _jitted(backend, bits, activation_bits, x_RxK, leaves, group_sizes_G, group_offset)
+    operands = alike(x_RxK, leaves, group_sizes_G, group_offset)
+    return _jitted(backend, bits, activation_bits, *operands)
 
 
 def _check(x_RxK, leaves: Leaves, group_sizes_G, bits, activation_bits) -> None:

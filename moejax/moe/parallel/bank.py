@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from moejax import weights
 from moejax.core import SpecError, compat
+from moejax.core.axes import EXPERT_HIDDEN
 from moejax.mesh import MODEL
 from moejax.moe.experts import BANK_LOGICAL, GatedExperts
 from moejax.moe.parallel.strategy import Parallel
@@ -58,8 +59,8 @@ def brought(leaf: Any, cut: Cut, axes: tuple[str, ...]) -> Any:
         # Slow links first, so that each part crosses them once for all devices behind them.
         for axis in part:
             leaf = lax.all_gather(leaf, axis, axis=dimension, tiled=False)
-        lead = range(dimension, dimension + len(part))
-        leaf = jnp.moveaxis(leaf, lead, reversed(lead))
+        lead = list(range(dimension, dimension + len(part)))
+        leaf = jnp.moveaxis(leaf, lead, lead[::-1])
         shape = leaf.shape
         joined = math.prod(shape[dimension : dimension + len(part) + 1])
         leaf = leaf.reshape(*shape[:dimension], joined, *shape[dimension + len(part) + 1 :])
@@ -139,6 +140,11 @@ def _sections(weight: Any) -> tuple[int, ...]:
     return (weight.shape[0],)
 
 
+def _has_row_patch(weight: Any) -> bool:
+    parts = jax.tree.leaves(weight, is_leaf=lambda part: isinstance(part, weights.RowPatch))
+    return any(isinstance(part, weights.RowPatch) for part in parts)
+
+
 def _check_hidden(experts: GatedExperts, parts: int) -> None:
     if experts.activation.gate_blocks > 1:
         raise SpecError(
@@ -151,17 +157,23 @@ def _check_hidden(experts: GatedExperts, parts: int) -> None:
         if not isinstance(weight, weights.Format):
             continue
         axes = weights.logical_axes(weight, BANK_LOGICAL[name])
-        hidden = BANK_LOGICAL["gate"][-1]
         local = [
             jax.ShapeDtypeStruct(
                 tuple(
-                    n // parts if axis == hidden else n
+                    n // parts if axis == EXPERT_HIDDEN else n
                     for n, axis in zip(array.shape, axes[leaf], strict=True)
                 ),
                 array.dtype,
             )
             for leaf, array in weights.flatten(weight).items()
         ]
+        if BANK_LOGICAL[name][-2] == EXPERT_HIDDEN and _has_row_patch(weight):
+            raise SpecError(
+                f"MeshSpec.model = {parts} cuts the experts' {name} across its rows, whose exact "
+                "copies a RowPatch names by number.",
+                "Use MeshSpec.model = 1, or materialize the patch.",
+                field="model",
+            )
         try:
             jax.tree.structure(weight).unflatten(local).check()
         except SpecError as error:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 from moejax_kernels.permute import permute, unpermute
-from moejax_kernels.platforms import alike
+from moejax_kernels.platforms import alike, varying_like
 from moejax_kernels.route import sort_by_expert
 
 from moejax.core import check_that, spec
@@ -96,36 +98,55 @@ def swap(rows_RxD: Array, out_rows: int, sizes: Sizes, axes: tuple[str, ...]) ->
     if not axes:
         return _resized(rows_RxD, out_rows)
     rows_RxD, *sizes_N = alike(rows_RxD, *sizes)
+    return _swap(out_rows, axes, rows_RxD, Sizes(*sizes_N))
 
-    def ragged(rows_RxD: Array, sizes: Sizes) -> Array:
-        empty = jnp.zeros_like(rows_RxD, shape=(out_rows, rows_RxD.shape[1]))
-        empty, _ = alike(empty, rows_RxD)
-        return lax.ragged_all_to_all(
-            rows_RxD,
-            empty,
-            sizes.start,
-            sizes.sent,
-            sizes.start_there,
-            sizes.got,
-            axis_name=axes if len(axes) > 1 else axes[0],
-        )
 
-    def padded(rows_RxD: Array, sizes: Sizes) -> Array:
-        R = rows_RxD.shape[0]
-        block = min(R, out_rows)
-        place = jnp.arange(block)
-        from_NxC = jnp.where(place < sizes.sent[:, None], sizes.start[:, None] + place, R)
-        blocks = rows_RxD.at[from_NxC].get(mode="fill", fill_value=0)
-        got = lax.all_to_all(blocks, axes, split_axis=0, concat_axis=0, tiled=True)
-        row_M = jnp.arange(out_rows)
-        ends_N = sizes.got_start + sizes.got
-        source_M = jnp.searchsorted(ends_N, row_M, side="right")
-        inside = source_M < ends_N.size
-        source_M = jnp.minimum(source_M, ends_N.size - 1)
-        at_M = jnp.where(inside, row_M - sizes.got_start[source_M], block)
-        return got.at[source_M, at_M].get(mode="fill", fill_value=0)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _swap(out_rows: int, axes: tuple[str, ...], rows_RxD: Array, sizes: Sizes) -> Array:
+    ways = {"cpu": _padded, "default": _ragged}
+    ways = {name: functools.partial(way, out_rows, axes) for name, way in ways.items()}
+    return lax.platform_dependent(rows_RxD, sizes, **ways)
 
-    return lax.platform_dependent(rows_RxD, Sizes(*sizes_N), cpu=padded, default=ragged)
+
+def _swap_forward(
+    out_rows: int, axes: tuple[str, ...], rows_RxD: Array, sizes: Sizes
+) -> tuple[Array, tuple[int, Sizes]]:
+    return _swap(out_rows, axes, rows_RxD, sizes), (rows_RxD.shape[0], sizes)
+
+
+def _swap_backward(
+    out_rows: int, axes: tuple[str, ...], saved: tuple[int, Sizes], d_MxD: Array
+) -> tuple[Array, None]:
+    rows, sizes = saved
+    return _swap(rows, axes, d_MxD, sizes.reversed()), None
+
+
+_swap.defvjp(_swap_forward, _swap_backward)
+
+
+def _ragged(out_rows: int, axes: tuple[str, ...], rows_RxD: Array, sizes: Sizes) -> Array:
+    empty = jnp.zeros((out_rows, rows_RxD.shape[1]), rows_RxD.dtype)
+    return lax.ragged_all_to_all(
+        rows_RxD,
+        varying_like(empty, rows_RxD),
+        sizes.start,
+        sizes.sent,
+        sizes.start_there,
+        sizes.got,
+        axis_name=axes,
+    )
+
+
+def _padded(out_rows: int, axes: tuple[str, ...], rows_RxD: Array, sizes: Sizes) -> Array:
+    rows = rows_RxD.shape[0]
+    place = jnp.arange(min(rows, out_rows))
+    from_NxC = jnp.where(place < sizes.sent[:, None], sizes.start[:, None] + place, rows)
+    blocks = rows_RxD.at[from_NxC].get(mode="fill", fill_value=0)
+    got = lax.all_to_all(blocks, axes, split_axis=0, concat_axis=0, tiled=True)
+    row_M = jnp.arange(out_rows)
+    source_M = jnp.searchsorted(sizes.got_start + sizes.got, row_M, side="right")
+    at_M = row_M - sizes.got_start.at[source_M].get(mode="fill", fill_value=0)
+    return got.at[source_M, at_M].get(mode="fill", fill_value=0)
 
 
 def _fitting(choices: Choices, bank: Bank, M: int) -> tuple[Choices, Array]:
