@@ -97,7 +97,8 @@ class Train:
     compute_dtype: of activations and matrix products; parameters and optimizer are float32.
     save_dtype: of the saved model, whose scores on the valid split are the run's result.
     log_every, evaluate_every, checkpoint_every: in steps; 0 for at the end only.
-    evaluate_bytes: text of the valid split per group. evaluators: further model -> {name: number}.
+    evaluate_bytes: text of the valid split per group. evaluators: further model -> {name: number};
+    every process calls them, with the model where it lies.
 
     remat: what the backward pass computes again, None for nothing. on: the mesh to run on, None for
     one device. checkpoints: their folder, such as gs://bucket/run, where processes on several hosts

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import numpy as np
 from jax.sharding import NamedSharding
@@ -18,7 +20,7 @@ def whole_batch(
 ) -> jax.Array:
     """[rows, S] on all devices, of which this process gives the rows `here_R` (see `rows_here`)."""
 
-    def part(index: tuple[slice, ...]) -> np.ndarray:
+    def part(index: Any) -> np.ndarray:
         return here_RxS[np.searchsorted(here_R, np.arange(rows)[index[0]])][:, index[1]]
 
     return jax.make_array_from_callback((rows, here_RxS.shape[1]), sharding, part)

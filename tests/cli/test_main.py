@@ -221,3 +221,35 @@ def test_convert_brings_a_folder_in(folder, capsys):
         assert told in capsys.readouterr().err
     assert main(["convert", "nowhere", "other"]) == 2
     assert not (folder / "other").exists()
+
+
+def test_processes_are_started_with_the_same_words(folder, monkeypatch):
+    """Catches children that start children, and that each choose a folder of their own."""
+    started = []
+    monkeypatch.setattr(
+        "moejax.mesh.launcher.launch", lambda command, count: started.append((command, count)) or 3
+    )
+    words = ["run", "toy", "--set", "bits=2", "--set", "ToyJob.name='a b'", "--processes", "2"]
+    assert main(words) == 3
+    [(command, count)] = started
+    assert count == 2
+    assert command[:3] == [sys.executable, "-m", "moejax"]
+    own = ["run", "toy", "--out", "runs/toy", "--set", "bits=2", "--set", "ToyJob.name='a b'"]
+    assert command[3:] == own
+
+
+def test_a_job_of_one_process_is_refused_in_two(folder, monkeypatch, capsys):
+    """Catches two processes that do the same work and write the same files."""
+    monkeypatch.setattr("moejax.core.processes.count", lambda: 2)
+    assert main(["run", "toy"]) == 2
+    assert "ToyJob runs in one process, and this is one of 2." in capsys.readouterr().err
+    assert not (folder / "runs").exists()
+
+
+@pytest.mark.parametrize("number", ["0", "two"])
+def test_processes_that_cannot_be_counted_are_refused(folder, number, capsys):
+    """Catches a run of no process that ends well."""
+    with pytest.raises(SystemExit) as stop:
+        main(["run", "toy", "--processes", number])
+    assert stop.value.code == 2
+    assert "neither a number from 1 nor pod" in capsys.readouterr().err
