@@ -50,13 +50,19 @@ def compile(options: argparse.Namespace) -> None:
     from moejax.cli.folders import run_folder
 
     out = Path(options.out) if options.out else run_folder(options.file)
+    if options.topology and not options.out:
+        out = out.with_name(f"{out.name}_{options.topology.replace(':', '-')}")
     print(f"moejax compile {options.file} -> {out}", flush=True)
 
     from moejax.cli.execute import execute
     from moejax.config import load_config
+    from moejax.jobs.compile import Compile, for_pod
 
-    topology = [] if options.topology is None else [f"Compile.topology = '{options.topology}'"]
-    execute(load_config(options.file, [*topology, *options.bindings]), out, options.words)
+    config = load_config(options.file, options.bindings)
+    if options.topology and isinstance(config.job(), Compile):
+        binding = f"Compile.topology = '{options.topology}'"
+        config = load_config(options.file, [binding, *options.bindings])
+    execute(config, out, options.words, lambda job: for_pod(job, options.topology))
 
 
 def convert(options: argparse.Namespace) -> None:

@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any, TextIO
@@ -29,15 +29,22 @@ class Terminated(KeyboardInterrupt):
     status = 128 + signal.SIGTERM
 
 
-def execute(config: Config, out: Path, command: Sequence[str]) -> RunFolder:
+def execute(
+    config: Config,
+    out: Path,
+    command: Sequence[str],
+    instead: Callable[[Any], Any] = lambda job: job,
+) -> RunFolder:
     """Runs the job of `config` in the folder `out`, new or of the same run, and marks its end.
+
+    instead: makes of it the job that is run, itself if nothing is said.
 
     What the job prints goes to log.txt too. run.json ends as finished, failed or interrupted; an
     error passes on to the caller. RunError when `out` holds another run or cannot be written,
     ConfigError for a job of one process in one of several. Of several processes only the first
     writes, but for checkpoints, of which each writes its part.
     """
-    job = config.job()
+    job = instead(config.job())
     if processes.count() > 1 and not getattr(job, "in_processes", False):
         raise ConfigError(
             f"{type(job).__name__} runs in one process, and this is one of {processes.count()}.",

@@ -124,7 +124,7 @@ def _parser() -> argparse.ArgumentParser:
         "--topology", metavar="NAME", help="such as v5e:16x16, v5p:8x8x8 or h100x8"
     )
     compile_.add_argument(
-        "--out", metavar="DIR", help="the run folder (default: runs/ and the name of FILE)"
+        "--out", metavar="DIR", help="the run folder (default: runs/, FILE and NAME)"
     )
     compile_.set_defaults(command=commands.compile)
 

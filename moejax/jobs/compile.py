@@ -11,13 +11,15 @@ from typing import Any
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from moejax_kernels import aot
 
-from moejax.core import RunError, SpecError, check_that, parts, spec
+from moejax.core import ConfigError, RunError, SpecError, check_that, parts, spec
 from moejax.core.atomic import read_json, write_json
+from moejax.jobs.on_mesh import OnMesh
 from moejax.jobs.pod_advice import advice
-from moejax.jobs.pod_steps import PodStep, StepProgram, bytes_on_device
+from moejax.jobs.pod_steps import PodStep, PodTrainStep, StepProgram, bytes_on_device
+from moejax.jobs.train import Train
 from moejax.mesh import MeshSpec, Rules
 from moejax.models import ModelSpec
-from moejax.moe import PaddedAllToAll, Parallel, Strategy
+from moejax.moe import Local, PaddedAllToAll, Parallel, Strategy
 from moejax.report.pods import draw_pod, pod_text
 from moejax.runs import RunFolder, progress
 
@@ -188,6 +190,34 @@ def _compiler(pod: aot.Topology) -> None:
 def _part(part: aot.Part) -> dict[str, Any]:
     flat = dataclasses.asdict(part)
     return {**flat.pop("work"), **flat, "bound": part.bound}
+
+
+def for_pod(job: Any, topology: str | None) -> Compile:
+    """A job as one that compiles: itself if it does, the training step of a `Train`.
+
+    A `Train` without a mesh has its parameters cut over all devices. Raises ConfigError for other
+    jobs, and where nothing says the topology.
+    """
+    if isinstance(job, Compile):
+        return job if topology is None else dataclasses.replace(job, topology=topology)
+    if not isinstance(job, Train):
+        raise ConfigError(
+            f"{type(job).__name__} has no step that could be compiled for a pod.",
+            "Name a config that runs Train or Compile.",
+        )
+    if topology is None:
+        raise ConfigError("no topology is given.", "Add --topology v5e:16x16, or another one.")
+    on = job.on or OnMesh(MeshSpec(name="pod", fsdp=-1), Local())
+    step = PodTrainStep(
+        batch=job.batch,
+        length=job.length,
+        accumulate=job.accumulate,
+        optimizer=job.optimizer,
+        losses=job.losses,
+        compute_dtype=job.compute_dtype,
+        remat=job.remat,
+    )
+    return Compile(job.model, (step,), topology, on.mesh, on.strategy, on.rules)
 
 
 def read_facts(folder: Path) -> dict[str, Any]:

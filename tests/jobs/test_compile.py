@@ -6,7 +6,8 @@ import importlib.util
 import pytest
 from moejax_kernels import aot
 
-from moejax.core import RunError, SpecError, parts
+from moejax.config import load_config
+from moejax.core import ConfigError, RunError, SpecError, parts
 from moejax.jobs import compile as compiling
 from moejax.jobs.compile import Compile
 from moejax.jobs.pod_advice import advice
@@ -131,6 +132,20 @@ def test_bad_jobs(changes, field):
     with pytest.raises(SpecError) as raised:
         dataclasses.replace(JOB, **changes)
     assert raised.value.field == field
+
+
+def test_a_training_config_is_compiled_as_it_trains():
+    """Fails where what is compiled for a pod is not the step that the same config runs."""
+    job = load_config("train/nano").job()
+    made = compiling.for_pod(job, "v5e:2x2")
+    (step,) = made.steps
+    for field in ("batch", "length", "accumulate", "optimizer", "losses", "compute_dtype", "remat"):
+        assert getattr(step, field) == getattr(job, field)
+    assert made.model == job.model and made.mesh.resolved(4).fsdp == 4
+    with pytest.raises(ConfigError, match="no topology"):
+        compiling.for_pod(job, None)
+    with pytest.raises(ConfigError, match="no step"):
+        compiling.for_pod(object(), "v5e:2x2")
 
 
 def test_advice_for_what_is_held():
