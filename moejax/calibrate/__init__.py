@@ -16,6 +16,7 @@ from moejax.calibrate.outputs import (
     BlockCosine,
     FFNCosine,
     MeanOutputs,
+    NeuronNorms,
     OutputNorms,
     StreamCosine,
 )
@@ -47,6 +48,7 @@ __all__ = [
     "LayerStatistics",
     "LayerStream",
     "MeanOutputs",
+    "NeuronNorms",
     "OutputNorms",
     "Part",
     "ProbabilityMass",

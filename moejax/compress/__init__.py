@@ -26,6 +26,13 @@ from moejax.compress.layer_drop import (
     WholeBlock,
 )
 from moejax.compress.mixed_precision import MixedPrecision
+from moejax.compress.neuron_drop import (
+    NeuronDrop,
+    NeuronMagnitude,
+    NeuronScore,
+    NormalisedActivations,
+    RandomNeurons,
+)
 from moejax.compress.quantize import Quantize
 from moejax.compress.sparsify import Sparsify
 from moejax.compress.subset_drop import SubsetDrop
@@ -124,6 +131,10 @@ __all__ = [
     "MixerLayer",
     "MostSimilar",
     "MultiDomainCost",
+    "NeuronDrop",
+    "NeuronMagnitude",
+    "NeuronScore",
+    "NormalisedActivations",
     "OutlierScore",
     "OutsidePass",
     "PMQCost",
@@ -135,6 +146,7 @@ __all__ = [
     "RandomAllocation",
     "RandomChannels",
     "RandomLayers",
+    "RandomNeurons",
     "RandomScore",
     "RankedExperts",
     "RoundToNearest",
