@@ -115,8 +115,8 @@ def select_neurons(block: Block, index_ExN: np.ndarray) -> Block:
                 compat.write(bias, jnp.take_along_axis(compat.read(bias), index, axis=-1))
     narrower = dataclasses.replace(ffn, width=index_ExN.shape[1])
     edited.spec = dataclasses.replace(block.spec, ffn=narrower)
-    if edited.moe is not None:
-        edited.moe.spec = edited.spec.ffn
+    if edited.moe is not None and isinstance(narrower, MoESpec):
+        edited.moe.spec = narrower
     return edited
 
 
