@@ -16,6 +16,7 @@ from moejax.calibrate.outputs import (
     BlockCosine,
     FFNCosine,
     MeanOutputs,
+    NeuronNorms,
     OutputNorms,
     StreamCosine,
 )
@@ -49,6 +50,7 @@ __all__ = [
     "LayerStream",
     "LogitGram",
     "MeanOutputs",
+    "NeuronNorms",
     "OutputNorms",
     "Part",
     "ProbabilityMass",

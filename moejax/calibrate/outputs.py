@@ -65,6 +65,43 @@ class OutputNorms(Sums):
         return np.asarray(state, np.float64)
 
 
+@spec
+class NeuronNorms(Sums):
+    """Per stored expert and neuron j, sum over its rows of (z_j / ||z||_2)^2: float64 [E, F].
+
+    z: the hidden activation, what the down projection sees; [1, F] of a dense feed-forward. The
+    root of it is the statistic of GRIFFIN (arXiv:2404.01365).
+    """
+
+    name = "neuron_norms"
+    request = frozenset({taps.EXPERT_HIDDEN, taps.DISPATCH, taps.FFN_HIDDEN})
+
+    def init(self, layer: LayerSpec, model: ModelSpec) -> Array | None:
+        if layer.ffn is None:
+            return None
+        experts = layer.ffn.stored if isinstance(layer.ffn, MoESpec) else 1
+        return jnp.zeros((experts, layer.ffn.width), jnp.float32)
+
+    def update(self, state: Array, found: Taps, tokens: Tokens) -> Array:
+        if taps.DISPATCH not in found:
+            return state + _shares(found[taps.FFN_HIDDEN], tokens.mask_T).sum(0)
+        plan, hidden_RxF = found[taps.DISPATCH], found[taps.EXPERT_HIDDEN]
+        ends_E = jnp.cumsum(plan.group_sizes_E)
+        expert_R = jnp.searchsorted(ends_E, jnp.arange(hidden_RxF.shape[0]), side="right")
+        return state.at[expert_R].add(_shares(hidden_RxF, plan.valid_R), mode="drop")
+
+    def finalize(self, state: Array) -> np.ndarray:
+        return np.asarray(state, np.float64)
+
+
+def _shares(z_RxF: Array, counts_R: Array) -> Array:
+    """(z_j / ||z||)^2 of the rows that count, 0 of the others and of rows that are zero."""
+    square_RxF = jnp.square(z_RxF.astype(jnp.float32))
+    total_Rx1 = square_RxF.sum(-1, keepdims=True)
+    share_RxF = square_RxF / jnp.where(total_Rx1 > 0, total_Rx1, 1)
+    return jnp.where(counts_R[:, None], share_RxF, 0)
+
+
 class _MeanOverTokens(Sums, abc.ABC):
     """What means of one number per token share: a state of its sum and the count."""
 

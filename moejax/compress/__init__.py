@@ -37,6 +37,13 @@ from moejax.compress.merge_experts import (
     MergeExperts,
 )
 from moejax.compress.mixed_precision import MixedPrecision
+from moejax.compress.neuron_drop import (
+    NeuronDrop,
+    NeuronMagnitude,
+    NeuronScore,
+    NormalisedActivations,
+    RandomNeurons,
+)
 from moejax.compress.quantize import Quantize
 from moejax.compress.searched_drop import SearchedDrop
 from moejax.compress.sparsify import Sparsify
@@ -225,6 +232,10 @@ __all__ = [
     "ModelScore",
     "MostSimilar",
     "MultiDomainCost",
+    "NeuronDrop",
+    "NeuronMagnitude",
+    "NeuronScore",
+    "NormalisedActivations",
     "OWL",
     "OneExpert",
     "OutlierScore",
@@ -243,6 +254,7 @@ __all__ = [
     "RandomChannels",
     "RandomGroups",
     "RandomLayers",
+    "RandomNeurons",
     "RandomScore",
     "RankBudget",
     "RankPolicy",

@@ -1,4 +1,4 @@
-"""Edits of blocks as pure functions: select and permute experts, drop parts, add a rule."""
+"""Edits of blocks as pure functions: select experts and neurons, drop parts, add a rule."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from moejax import weights
@@ -72,6 +73,50 @@ def with_rule(block: Block, rule: RoutingRule, tables: Mapping[str, Any]) -> Blo
     edited.moe.spec = dataclasses.replace(ffn, rules=(*ffn.rules, rule))
     edited.spec = dataclasses.replace(block.spec, ffn=edited.moe.spec)
     edited.moe.rules = nnx.List([*edited.moe.rules, rule_tables(dict(tables))])
+    return edited
+
+
+def select_neurons(block: Block, index_ExN: np.ndarray) -> Block:
+    """The block whose experts keep only the hidden neurons index_ExN, each its own, in that order.
+
+    [1, N] for a dense feed-forward. Shared experts and a dense residual stay as they are.
+    SpecError where the layer has no feed-forward, its matrices have a format, its activation takes
+    more than one gate per neuron, or an index is repeated or out of range.
+    """
+    ffn = block.spec.ffn
+    bank = block.moe.experts if block.moe is not None else block.ffn
+    if ffn is None or bank is None or ffn.activation.gate_blocks != 1:
+        raise SpecError(
+            "this block has no neurons with one gate each.",
+            "Select neurons of gated feed-forwards.",
+        )
+    stack = (ffn.stored,) if isinstance(ffn, MoESpec) else (1,)
+    sorted_ExN = np.sort(index_ExN, axis=1)
+    fits = index_ExN.shape[:1] == stack and (np.diff(sorted_ExN, axis=1) > 0).all()
+    if not fits or index_ExN.shape[1] < 1 or sorted_ExN.min() < 0 or sorted_ExN.max() >= ffn.width:
+        raise SpecError(
+            f"index of shape {index_ExN.shape} is no selection of {ffn.width} neurons for each of "
+            f"{stack[0]} experts.",
+            "Give distinct indices for every expert.",
+        )
+    edited = compat.copied(block)
+    into = edited.moe.experts if edited.moe is not None else edited.ffn
+    assert into is not None
+    index = jnp.asarray(index_ExN if isinstance(ffn, MoESpec) else index_ExN[0])
+    for variable, axis in ((into.gate, -1), (into.up, -1), (into.down, -2)):
+        w = compat.read(variable)
+        if isinstance(w, weights.Format):
+            raise SpecError("compressed experts cannot lose neurons.", "Select neurons first.")
+        at = jnp.expand_dims(index, -2 if axis == -1 else -1)
+        compat.write(variable, jnp.take_along_axis(w, at, axis=axis))
+    if edited.moe is not None:
+        for bias in (edited.moe.experts.gate_bias, edited.moe.experts.up_bias):
+            if bias is not None:
+                compat.write(bias, jnp.take_along_axis(compat.read(bias), index, axis=-1))
+    narrower = dataclasses.replace(ffn, width=index_ExN.shape[1])
+    edited.spec = dataclasses.replace(block.spec, ffn=narrower)
+    if edited.moe is not None and isinstance(narrower, MoESpec):
+        edited.moe.spec = narrower
     return edited
 
 

@@ -11,6 +11,7 @@ from flax import nnx
 from jax import Array
 
 from moejax.core import SpecError, check_that, keys, spec
+from moejax.models.block import run_length
 from moejax.models.decoder import DecoderLM, encode, forward, init_state, project
 from moejax.moe import Parallel
 
@@ -73,14 +74,20 @@ def generate(
     mask_BxS: Array | None = None,
     dtype: Any = jnp.float32,
     parallel: Parallel | None = None,
+    after_prompt: DecoderLM | None = None,
 ) -> Array:
     """`steps` new tokens after each prompt: int32 [B, steps].
 
     mask_BxS: False marks left padding of shorter prompts. key: required by drawing samplers only.
     parallel: as of `encode`.
+    after_prompt: the model that goes on where `model` has read the prompt, such as one that lost
+    the neurons which the prompt does not use (GRIFFIN, arXiv:2404.01365). Its mixers and runs are
+    those of `model`, whose state it continues; SpecError where they are not.
     """
     if key is None and not isinstance(sampler, Greedy):
         raise SpecError(f"{sampler} draws, but key is None.", "Give jax.random.key(seed).")
+    if after_prompt is not None:
+        _check_continues(model, after_prompt)
     graphdef, parameters = nnx.split(model)
     B, S = prompt_BxS.shape
     mask_BxS = jnp.ones((B, S), bool) if mask_BxS is None else mask_BxS
@@ -88,10 +95,25 @@ def generate(
     first = jax.random.key(0) if key is None else key
     logits, state = prefill(graphdef, dtype, parallel, parameters, prompt_BxS, mask_BxS, state)
     position_B = jnp.sum(mask_BxS, axis=1, dtype=jnp.int32)
+    if after_prompt is not None:
+        graphdef, parameters = nnx.split(after_prompt)
     tokens, _ = decode(
         graphdef, sampler, steps, dtype, parallel, parameters, logits, position_B, state, first
     )
     return tokens
+
+
+def _check_continues(model: DecoderLM, after_prompt: DecoderLM) -> None:
+    """Raises SpecError unless the state of one fits the other."""
+    mine, its = (
+        [(run_length(run), run.spec.mixer) for run in one.runs] for one in (model, after_prompt)
+    )
+    if mine != its:
+        raise SpecError(
+            f"after_prompt has runs of {[n for n, _ in its]} layers, the model of "
+            f"{[n for n, _ in mine]}, or other mixers.",
+            "Continue with a model that differs in feed-forwards alone, alike in equal layers.",
+        )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=6)

@@ -22,10 +22,12 @@ from moejax.calibrate import (
     GateWeighted,
     LayerInputs,
     MeanOutputs,
+    NeuronNorms,
     OutputNorms,
     ProbabilityMass,
     SecondMoments,
     SoftCounts,
+    StreamCosine,
     Tokens,
     group_id,
     quantile,
@@ -97,6 +99,7 @@ def made(seed, start=0, group="docs", dispatch=None, listed=False):
             taps.ALL_OUTPUT: jnp.asarray(y),
             taps.ALL_HIDDEN: jnp.asarray(hidden),
             taps.BLOCK_INPUT: jnp.asarray(x).reshape(B, S, D),
+            taps.MIXER_OUTPUT: jnp.asarray(y[2]).reshape(B, S, D),
             taps.BLOCK_OUTPUT: jnp.asarray(y[1]).reshape(B, S, D),
             taps.ATTENTION_MASS: jnp.asarray(x[:, 0]).reshape(B, S),
         }
@@ -300,7 +303,9 @@ EVERY = (
     SecondMoments(tap="expert_hidden", rows=AllTokens()),
     MeanOutputs(),
     OutputNorms(),
+    NeuronNorms(),
     BlockCosine(),
+    StreamCosine(before="block_input", after="mixer_output"),
     AttentionMass(),
 )
 
