@@ -80,13 +80,13 @@ class Factorise:
             require_dense(named[matrix], name)
             inputs = self.method.inputs(matrix, stats)
             if matrix not in banks:
-                found = self.method(named[matrix], self._fitting(int(rank), name), inputs, name)
+                found = self.method(named[matrix], int(rank), inputs, name)
                 changed[matrix] = found.weight
                 rows += edits(matrix, found)
                 continue
             parts: list[Weight] = []
             for experts in _runs(rank, order):
-                some, at = jnp.asarray(experts), self._fitting(int(rank[experts[0]]), name)
+                some, at = jnp.asarray(experts), int(rank[experts[0]])
                 found = self.method(named[matrix][some], at, _taken(inputs, experts), name)
                 parts.append(found.weight)
                 rows += edits(matrix, found, experts)
@@ -111,23 +111,23 @@ class Factorise:
             found.setdefault(layer, {})[within] = shapes[name]
         return found
 
-    def _fitting(self, rank: int, name: str) -> int:
-        if rank < self.method.least_rank:
+    def _require_method(self, name: str) -> None:
+        if self.ranks.least_rank < self.method.least_rank:
             raise SpecError(
-                f"{name} gets rank {rank} from {type(self.ranks).__name__}, and "
+                f"{type(self.ranks).__name__} may give {name} rank {self.ranks.least_rank}, and "
                 f"{type(self.method).__name__} makes none below {self.method.least_rank}.",
-                "Raise the mean rank or the least one, or use CompensatedGrid, which takes 0.",
+                "Raise the least rank, or use CompensatedGrid, which takes 0.",
                 field="ranks",
             )
-        return rank
 
     def _outlined(self, w: Weight, rank: np.ndarray, name: str) -> Weight:
+        self._require_method(name)
         if rank.ndim == 0:
-            return self.method.shapes(w, self._fitting(int(rank), name), name)
+            return self.method.shapes(w, int(rank), name)
         parts = []
         for at, count in zip(*np.unique(rank, return_counts=True), strict=True):
             some = jax.ShapeDtypeStruct((int(count), *w.shape[1:]), w.dtype)
-            parts.append(self.method.shapes(some, self._fitting(int(at), name), name))
+            parts.append(self.method.shapes(some, int(at), name))
         return parts[0] if len(parts) == 1 else weights.Buckets(tuple(parts))
 
 

@@ -29,7 +29,10 @@ Shapes = Mapping[int, Mapping[str, tuple[int, ...]]]  # layer -> matrix -> [*lea
 
 @runtime_checkable
 class RankPolicy(Protocol):
-    """Gives every matrix, of each expert, a rank; a frozen spec."""
+    """Gives every matrix, of each expert, a rank; a frozen spec. least_rank: none is below it."""
+
+    @property
+    def least_rank(self) -> int: ...
 
     def needs(self) -> tuple[Accumulator, ...]:
         """The statistics that `decide` reads."""
@@ -50,6 +53,10 @@ class UniformRank:
 
     def check(self) -> None:
         check_that(self.rank >= 0, self, "rank", "Give 1 or more; 0 leaves the factors out.")
+
+    @property
+    def least_rank(self) -> int:
+        return self.rank
 
     def needs(self) -> tuple[Accumulator, ...]:
         return ()
@@ -88,6 +95,10 @@ class ProportionalRanks:
         check_that(self.epsilon >= 0, self, "epsilon", "Give 0 or a small number above.")
         check_that(self.least >= 0, self, "least", "Use 1, or 0 where the method takes it.")
 
+    @property
+    def least_rank(self) -> int:
+        return self.least
+
     def needs(self) -> tuple[Accumulator, ...]:
         return () if isinstance(self.score, ModelScore) else self.score.needs()
 
@@ -96,7 +107,7 @@ class ProportionalRanks:
             _require_experts(self, layer, matrices)
             for matrix, shape in matrices.items():
                 name = f"layers.{layer}.{matrix}"
-                weights.check_rank(math.ceil(self.mean_rank), shape, name)
+                weights.check_rank(max(math.ceil(self.mean_rank), self.least), shape, name)
         return _filled(shapes, lambda shape: max(self.least, math.floor(self.mean_rank)))
 
     def decide(self, stats: Statistics, model: DecoderLM, shapes: Shapes) -> Ranks:
@@ -138,6 +149,10 @@ class KurtosisRanks:
     def check(self) -> None:
         check_that(self.shift >= 0, self, "shift", "2 or 3 are the paper's.")
         check_that(self.most >= 1, self, "most", "1024 is the paper's.")
+
+    @property
+    def least_rank(self) -> int:
+        return 0
 
     def needs(self) -> tuple[Accumulator, ...]:
         return ()
@@ -181,6 +196,10 @@ class RankBudget:
         fits = bool(self.ranks) and len(set(self.ranks)) == len(self.ranks) and min(self.ranks) >= 1
         check_that(fits, self, "ranks", "Give ranks of 1 or more, each once.")
         check_that(self.mean_rank > 0, self, "mean_rank", "Give a rank above 0.")
+
+    @property
+    def least_rank(self) -> int:
+        return min(self.ranks)
 
     def needs(self) -> tuple[Accumulator, ...]:
         return self.cost.needs(self._choices)

@@ -108,6 +108,7 @@ def compensated(
         raise SpecError(f"iterations = {iterations}.", "Give 0 or more; 10 is usual.")
     check_rank(rank, w.shape, name)
     compensated_shapes(w, grid, rank, factors=factors, dtype=dtype, name=name)
+    w = w.astype(jnp.float32)
     low, best, errors = jnp.zeros_like(w), None, []
     least = jnp.full(w.shape[:-2], jnp.inf)
     for _ in range(iterations + 1):

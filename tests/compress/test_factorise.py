@@ -236,6 +236,7 @@ def test_loss_scores_find_the_dead_expert(model, source):
     [
         (Factorise(ranks=UniformRank(rank=33), method=EXACT), "layers.0.moe.experts"),
         (Factorise(ranks=UniformRank(rank=0), method=EXACT), "layers.0.moe.experts"),
+        (Factorise(ranks=KurtosisRanks(), method=EXACT), "KurtosisRanks .*rank 0"),
         (Factorise(ranks=ProportionalRanks(mean_rank=40, score=Frequency()), method=EXACT), "40"),
         (
             Factorise(

@@ -8,10 +8,10 @@ from tests.systems.running import run_system
 pytestmark = pytest.mark.slow
 NANO = (
     "SavedModel.path='nano'",
-    "Text.bytes_per_group=8192",
-    "calibration/Text.skip_bytes=8192",
-    "attention/UniformRank.rank=16",
-    "attention/HQQGrid.group=32",
+    "Text.bytes_per_group=4096",
+    "calibration/Text.skip_bytes=4096",
+    "CompensatedGrid.iterations=4",
+    "Study.arms=(@reference/Arm(),@hqq/Arm(),@once/Arm(),@uniform/Arm(),@wide/Arm(),@frequency/Arm())",
 )
 
 
