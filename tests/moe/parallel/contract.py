@@ -17,6 +17,8 @@ from flax import nnx
 
 from moejax.mesh import MeshSpec
 from moejax.moe import (
+    COMBINED,
+    DISPATCHED,
     TED,
     Capacity,
     ChoiceCapacity,
@@ -240,6 +242,22 @@ def traffic(name: str, platform: str) -> dict[str, list]:
     }
 
 
+def rematerialised() -> dict[str, list]:
+    """Collectives of forward and backward where nothing is kept, and where exchanged rows are."""
+    strategy, mesh = STRATEGIES["hierarchical"]
+    forward, _, arguments = program(dense_bank(), Parallel(mesh.build(), strategy), Dropless())
+    choices = next(iter(LOADS.values()))
+    found = {}
+    for name, policy in {
+        "nothing": None,
+        "rows": jax.checkpoint_policies.save_only_these_names(DISPATCHED, COMBINED),
+    }.items():
+        again = jax.checkpoint(lambda *given: forward(*given)[0], policy=policy)
+        gradient = jax.jit(jax.grad(lambda *given, f=again: jnp.sum(jnp.sin(f(*given))), (0, 1, 2)))
+        found[name] = collectives(gradient.trace(*arguments, *choices).lower(), mesh)
+    return found
+
+
 def drops() -> dict[str, dict]:
     """What is left out where room is short, beside what one device leaves out."""
     found = {}
@@ -293,6 +311,7 @@ if __name__ == "__main__":
         "equal": {f"{name}, {bank}": equalities(name, bank) for name, bank in chosen},
         "traffic": {n: traffic(n, "cpu") for n in STRATEGIES if "ragged" not in n}
         | {n: traffic(n, "tpu") for n in STRATEGIES if "ragged" in n},
+        "rematerialised": rematerialised(),
         "drops": drops(),
     }
     json.dump(report, sys.stdout)

@@ -115,6 +115,15 @@ def test_ted_exchanges_its_share_of_the_tokens(report):
     assert [N * C for N, C, _ in sizes["padded, hidden cut"]] == [4 * 6 * K] * 2
 
 
+def test_kept_rows_are_not_exchanged_again(report):
+    """Catches names that no policy finds: communication-aware checkpointing (arXiv:2303.06318)."""
+    exchanges = {
+        name: sum(kind == "all_to_all" for kind, *_ in found)
+        for name, found in report["rematerialised"].items()
+    }
+    assert exchanges == {"nothing": 12, "rows": 8}
+
+
 def test_drops_are_those_of_one_device_and_counted(report):
     """Catches capacity per device where it is per batch, seconds before firsts, rows lost without
     being counted, and places in a block that another token holds."""
