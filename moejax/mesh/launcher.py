@@ -18,6 +18,7 @@ from moejax.mesh.processes import ADDRESS, COUNT, ID
 LOOPBACK = "127.0.0.1"
 GRACE_SECONDS = 30.0  # a process that lost another one may wait for it for ever
 _LOOK_SECONDS = 0.1
+_OUTPUT_SECONDS = 5.0  # what a child started itself may hold its pipe open
 _STOPS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -40,6 +41,7 @@ def launch(
         raise RunError(f"{processes} processes run nothing.", "Start at least 1.")
     address = f"{LOOPBACK}:{_free_port()}"
     children: list[subprocess.Popen[bytes]] = []
+    outputs: list[threading.Thread] = []
     before = {number: signal.getsignal(number) for number in _STOPS if _in_main_thread()}
     asked: list[int] = []
     for number in before:
@@ -48,6 +50,7 @@ def launch(
         for number in range(processes):
             own = {**environ, ADDRESS: address, COUNT: str(processes), ID: str(number)}
             children.append(_start(command, own, number))
+            outputs += _pass_on(children[-1], number)
         return _watch(children, grace_seconds, asked)
     finally:
         for number, handler in before.items():
@@ -56,6 +59,8 @@ def launch(
             if child.poll() is None:
                 child.kill()
             child.wait()
+        for output in outputs:
+            output.join(_OUTPUT_SECONDS)
 
 
 def _watch(children: list[subprocess.Popen[bytes]], grace: float, asked: list[int]) -> int:
@@ -88,18 +93,28 @@ def _watch(children: list[subprocess.Popen[bytes]], grace: float, asked: list[in
 def _start(command: Sequence[str], environ: dict[str, str], number: int) -> subprocess.Popen[bytes]:
     """A child in a session of its own: Ctrl-C at the terminal is for the launcher alone."""
     pipe = None if number == 0 else subprocess.PIPE
-    child = subprocess.Popen(
+    return subprocess.Popen(
         list(command), env=environ, stdout=pipe, stderr=pipe, start_new_session=True
     )
-    for stream, to in ((child.stdout, sys.stdout), (child.stderr, sys.stderr)):
-        if stream is not None:
-            threading.Thread(target=_pass_on, args=(stream, to, number), daemon=True).start()
-    return child
 
 
-def _pass_on(stream: IO[bytes], to: IO[str], number: int) -> None:
-    for line in stream:
-        print(f"[{number}] {line.decode(errors='replace').rstrip()}", file=to, flush=True)
+def _pass_on(child: subprocess.Popen[bytes], number: int) -> list[threading.Thread]:
+    """Threads that print what a child writes to its pipes, until it closes them."""
+
+    def copy(stream: IO[bytes], to: IO[str]) -> None:
+        with stream:
+            for line in stream:
+                print(f"[{number}] {line.decode(errors='replace').rstrip()}", file=to, flush=True)
+
+    pipes = ((child.stdout, sys.stdout), (child.stderr, sys.stderr))
+    threads = [
+        threading.Thread(target=copy, args=(stream, to), daemon=True)
+        for stream, to in pipes
+        if stream is not None
+    ]
+    for thread in threads:
+        thread.start()
+    return threads
 
 
 def _failed(children: Sequence[subprocess.Popen[bytes]]) -> int | None:

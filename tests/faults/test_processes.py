@@ -1,6 +1,7 @@
 """Two processes on loopback: they train what one trains, and fall and rise together."""
 
 import os
+import random
 import signal
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 
+from moejax.cli.main import main
 from moejax.files import read_safetensors
 from moejax.mesh.launcher import launch
 from moejax.runs import FINISHED, INTERRUPTED, RunFolder, read_metrics
@@ -102,3 +104,31 @@ def test_sigterm_to_one_saves_on_both(cache, tmp_path):
     assert 5 < last < LONG and saved(folder)[-1] == last
     assert RunFolder.open(folder).facts["status"] == INTERRUPTED
     assert not list((folder / "checkpoints").glob("*tmp*"))
+
+
+@pytest.mark.slow
+def test_the_nano_config_trains_in_two_processes(cache, tmp_path, monkeypatch):
+    """Catches a command line that loses a binding on its way to the processes."""
+    generator = random.Random(0)
+    for group in ("a", "b"):
+        (tmp_path / "text" / group).mkdir(parents=True)
+        for number in range(40):
+            words = generator.choices([f"{group}{n:x} word" for n in range(40)], k=200)
+            (tmp_path / "text" / group / f"{number}.txt").write_text(" ".join(words))
+    monkeypatch.setenv("MOEJAX_CACHE", str(cache))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "kernels")]))
+    shorter = [
+        "Train.corpus=@FolderCorpus()",
+        f"FolderCorpus.path='{tmp_path / 'text'}'",
+        "FolderCorpus.heldout_share=0.1",
+        *("Train.steps=20", "Train.batch=8", "Train.length=32", "Train.evaluate_bytes=4000"),
+    ]
+    mesh = [
+        *("Train.on=@OnMesh()", "OnMesh.mesh=@MeshSpec()", "MeshSpec.expert=-1"),
+        "OnMesh.strategy=@PaddedAllToAll()",
+    ]
+    for name, bindings, more in (("one", shorter, []), ("two", shorter + mesh, ["--processes=2"])):
+        sets = [word for binding in bindings for word in ("--set", binding)]
+        assert main(["run", "train/nano", "--out", str(tmp_path / name), *sets, *more]) == 0
+    np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-5)
+    assert len(losses(tmp_path / "one")) == 20
