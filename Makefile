@@ -6,7 +6,7 @@ RUN := $(BIN)/python -m moejax
 export JAX_PLATFORMS ?= cpu
 export OPENBLAS_NUM_THREADS ?= 1
 
-.PHONY: setup quickstart report report-calibrated docs test slow lint bench systems clean
+.PHONY: setup quickstart report report-calibrated docs pods test slow lint bench systems clean
 
 setup: .venv/installed-$(EXTRAS)
 
@@ -59,6 +59,12 @@ bench:
 	$(BIN)/python -m experiments.benchmarks cpu
 	$(BIN)/python -m experiments.benchmarks tpu
 	$(BIN)/python -m moejax.weights.bench
+
+# The shipped pod configs, compiled for their TPUs without one: docs/pods.md.
+pods:
+	$(MAKE) setup EXTRAS=test,aot
+	rm -rf runs/pods
+	$(BIN)/python -m experiments.pods
 
 systems: setup
 	$(BIN)/python -m pytest -n 2 --dist loadgroup --max-worker-restart 0 tests/systems -m ""

@@ -207,7 +207,7 @@ def for_pod(job: Any, topology: str | None) -> Compile:
         )
     if topology is None:
         raise ConfigError("no topology is given.", "Add --topology v5e:16x16, or another one.")
-    on = job.on or OnMesh(MeshSpec(name="pod", fsdp=-1), Local())
+    on = job.on or OnMesh(mesh=MeshSpec(name="pod", fsdp=-1), strategy=Local())
     step = PodTrainStep(
         batch=job.batch,
         length=job.length,
@@ -217,7 +217,14 @@ def for_pod(job: Any, topology: str | None) -> Compile:
         compute_dtype=job.compute_dtype,
         remat=job.remat,
     )
-    return Compile(job.model, (step,), topology, on.mesh, on.strategy, on.rules)
+    return Compile(
+        model=job.model,
+        steps=(step,),
+        topology=topology,
+        mesh=on.mesh,
+        strategy=on.strategy,
+        rules=on.rules,
+    )
 
 
 def read_facts(folder: Path) -> dict[str, Any]:

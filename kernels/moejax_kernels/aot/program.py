@@ -170,7 +170,9 @@ class Program:
 
     def _fused_trips(self, condition, fusion, first, body) -> int | None:
         called = _CALLED.search(fusion.rest)
-        inner = self.computations.get(called[1], ()) if called else ()
+        if called is None:
+            return None
+        inner = self.computations.get(called[1], ())
         compare = next((i for i in inner if i.root), None)
         if compare is None or compare.opcode != "compare" or "direction=LT" not in compare.rest:
             return None
@@ -187,7 +189,7 @@ class Program:
     def _count(self, left, right, condition, first, body) -> int | None:
         if left is None or right is None or left.opcode != "get-tuple-element":
             return None
-        index = int(_INDEX.search(left.rest)[1])
+        index = _index(left)
         stop, start = self._value(condition, right, first), first.get(index)
         step = self._step(body, index, first)
         if stop is None or start is None or not step:
@@ -220,7 +222,9 @@ class Program:
         known = [value for value in values if value is not None]
         return known[-1] if known else 1
 
-    def _value(self, computation: str, one: Instruction, first: dict[int, int]) -> int | None:
+    def _value(
+        self, computation: str, one: Instruction | None, first: dict[int, int]
+    ) -> int | None:
         while one is not None and one.opcode in ("copy", "bitcast"):
             one = self.find(computation, one.operands[0])
         if one is None:
@@ -231,7 +235,7 @@ class Program:
         if one.opcode == "get-tuple-element":
             source = self.find(computation, one.operands[0])
             if source is not None and source.opcode == "parameter":
-                return first.get(int(_INDEX.search(one.rest)[1]))
+                return first.get(_index(one))
         return None
 
 
@@ -294,6 +298,12 @@ def _closing(text: str, start: int) -> int:
             if not depth:
                 return index
     return len(text)
+
+
+def _index(element: Instruction) -> int:
+    """Which element of a tuple a get-tuple-element takes."""
+    found = _INDEX.search(element.rest)
+    return int(found[1]) if found else 0
 
 
 def _branches(rest: str) -> list[str]:

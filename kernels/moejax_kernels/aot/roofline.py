@@ -16,8 +16,7 @@ class Part:
     """Work of one device in one part of a program, and the seconds it takes at the least.
 
     links: bytes that leave the device. Times are modelled: flops at the peak rate, HBM bytes and
-    link bytes at theirs, all links of a chip busy. estimated: by the compiler's cycles, which see
-    neither kernels nor waits.
+    link bytes at theirs, all links of a chip busy.
     """
 
     name: str
@@ -26,7 +25,6 @@ class Part:
     compute_seconds: float
     hbm_seconds: float
     link_seconds: float
-    estimated_seconds: float
 
     @property
     def bound(self) -> str:
@@ -88,7 +86,6 @@ def _part(name: str, work: Work, links: float, topology: Topology) -> Part:
         work.flops / topology.peak,
         work.hbm_bytes / topology.hbm_rate,
         links / topology.link_rate,
-        work.cycles / topology.clock,
     )
 
 
@@ -103,5 +100,4 @@ def _sum(name: str, parts: Sequence[Part]) -> Part:
         over("compute_seconds"),
         over("hbm_seconds"),
         over("link_seconds"),
-        over("estimated_seconds"),
     )

@@ -50,11 +50,6 @@ class Topology:
         """Bytes/s out of a device over all its links."""
         return self.chip.link_rate / (2 if self.chip is TPU7X else 1)
 
-    @property
-    def clock(self) -> float:
-        """Cycles/s of a core."""
-        return self.chip.clock
-
 
 def parse_topology(name: str) -> Topology:
     """The topology of that name. ValueError where there is none, saying which there are."""

@@ -1,4 +1,4 @@
-"""What one device does in a program, by part of the model: flops, HBM bytes, estimated cycles."""
+"""What one device does in a program, by part of the model: flops and HBM bytes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import numpy as np
 from moejax_kernels.aot.hlo import COLLECTIVES
 from moejax_kernels.aot.program import Array, Instruction, Program
 
-_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _COST = re.compile(r'"cost_estimate":\{"flops":"(\d+)"[^}]*?"bytes_accessed":"(\d+)"')
 _CONTRACTED = re.compile(r"lhs_contracting_dims=\{([\d,]*)\}")
 _LABELS = re.compile(r"dim_labels=(\w+)_(\w+)->(\w+)")
@@ -45,18 +44,15 @@ _FREE = frozenset(  # no work of their own
 @dataclasses.dataclass(frozen=True)
 class Work:
     """flops: of products and kernels; hbm_bytes: read and written at every op of its own, arrays
-    that the compiler keeps on the chip not counted; cycles: the compiler's estimate, kernels (which
-    it does not estimate) and waits left out."""
+    that the compiler keeps on the chip not counted."""
 
     flops: float = 0.0
     hbm_bytes: float = 0.0
-    cycles: float = 0.0
 
     def __add__(self, other: Work) -> Work:
         return Work(
             self.flops + other.flops,
             self.hbm_bytes + other.hbm_bytes,
-            self.cycles + other.cycles,
         )
 
 
@@ -71,14 +67,11 @@ def work_by_part(program: Program, part: Callable[[str], str]) -> dict[str, Work
             continue
         flops = _flops(program, computation, one)
         moved = 0.0 if fused else hbm_bytes(program, computation, one)
-        cycles = 0.0
-        if not fused and (noted := _CYCLES.search(one.rest)):
-            cycles = float(noted[1])
         if one.opcode == "custom-call" and (stated := _COST.search(one.rest)):
             flops += float(stated[1])
-        if flops or moved or cycles:
+        if flops or moved:
             name = part(one.scope)
-            more = Work(flops * times, moved * times, cycles * times)
+            more = Work(flops * times, moved * times)
             found[name] = found.get(name, Work()) + more
     return found
 
