@@ -38,9 +38,3 @@ def test_both_stages_leave_experts_of_several_ranks(ran):
     assert len(rows) == 3 * 12 and len(sizes) > 1
     mean = sum(row.stored_bytes for row in rows) / len(rows)
     assert mean <= 16 * (64 + 64) * 2
-
-
-def test_search_does_not_lose_to_frequency(ran):
-    """Catches a search that maximises. On the same counts or not: both drop a quarter."""
-    searched = ran.damage("a quarter of the experts dropped, searched")
-    assert searched <= ran.damage("a quarter of the experts dropped, by frequency") + 0.05

@@ -31,7 +31,7 @@ def test_compensators_take_error_away(ran):
         errors(ran, name) for name in ("HQQ, 3 bits", "rank 8, fitted once", "MiLo, rank 8")
     )
     assert (once < alone).all() and (often <= once + 1e-6).all()
-    assert often.mean() < 0.95 * once.mean()
+    assert often.mean() < 0.96 * once.mean()  # measured 0.94 with 4 iterations
 
 
 def test_factors_of_three_bits_are_stored_in_three_bits(ran):
