@@ -36,13 +36,17 @@ class Account:
 def account(model: DecoderLM, matrices: Collection[str] = (), dtype: Any = jnp.bfloat16) -> Account:
     """The account of a model whose plain arrays are saved in `dtype`; abstract models will do.
 
-    matrices: canonical names that the bits are of, such as those a recipe `touched`; where there
-    are none, all expert matrices, or all parameters of a model without experts.
+    matrices: canonical names that the bits are of, such as those a recipe `touched`, as far as the
+    model still has them; where there are none, all expert matrices, or all parameters of a model without experts.
     """
     named = parameters(model)
     sizes = payload(model, dtype)
     experts = [name for name in named if ".moe.experts." in name]
-    chosen = list(matrices) or [n for n in experts if not n.endswith(BIAS)] or list(named)
+    chosen = (
+        [name for name in matrices if name in named]
+        or [n for n in experts if not n.endswith(BIAS)]
+        or list(named)
+    )
     counts = {name: math.prod(weights.shape(named[name])) for name in chosen}
     total = sum(counts.values())
     bits = sum(counts[name] * stored_code_bits(named[name], dtype, name) for name in chosen)
