@@ -37,7 +37,8 @@ def account(model: DecoderLM, matrices: Collection[str] = (), dtype: Any = jnp.b
     """The account of a model whose plain arrays are saved in `dtype`; abstract models will do.
 
     matrices: canonical names that the bits are of, such as those a recipe `touched`, as far as the
-    model still has them; where there are none, all expert matrices, or all parameters of a model without experts.
+    model still has them; where there are none, all expert matrices, or all parameters of a model
+    without experts.
     """
     named = parameters(model)
     sizes = payload(model, dtype)
