@@ -132,6 +132,8 @@ class MergeExperts:
     def decide(self, stats: Statistics, model: DecoderLM) -> dict[int, _Merge]:
         blocks = layers(model)
         chosen = {index: blocks[index] for index in model.spec.moe_layers}
+        for index, block in chosen.items():
+            self._check(index, block)  # an earlier pass may have shared experts out over layers
         return {
             index: self._weighed(index, chosen[index], group_E, stats)
             for index, group_E in self.grouping(chosen, stats).items()

@@ -76,7 +76,7 @@ class Recover:
     with. trains: which leaves; codes of any format stay frozen, unless `through` trains what they
     are rounded from. on_policy: texts that the model writes itself. tokenizer: None for the one
     that ships. Rows are drawn in an order of `seed`, epoch after epoch; rows that documents do not
-    fill are left out.
+    fill are left out. A router's balancing bias moves as in any training, whatever `trains` says.
     """
 
     text: Text
@@ -109,7 +109,8 @@ class Recover:
                 field="trains",
             )
         vocab = self._tokenizer().vocab
-        check_that(vocab == model.spec.vocab, self, "tokenizer", f"It has {vocab} tokens.")
+        fix = f"It has {vocab} tokens, the model {model.spec.vocab}: give the model's own."
+        check_that(vocab == model.spec.vocab, self, "tokenizer", fix)
         return self._closed(opened, model), tuple(sorted(trainable))
 
     def compares(self, model: ModelSpec, original: ModelSpec) -> None:
@@ -120,6 +121,10 @@ class Recover:
         graphdef, state = nnx.split(self._opened(model))
         mine = nnx.merge(graphdef, jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), state))
         structure, begun = start(mine, self.optimizer, self.steps, self.trains)
+
+        def through(leaves: Leaves) -> Leaves:
+            return self._through(model.spec, leaves)
+
         step = train_step(
             structure,
             self.optimizer,
@@ -128,10 +133,10 @@ class Recover:
             seed=self.seed,
             objective=self.objective,
             teacher=original if self.objective.teaches else None,
-            through=lambda leaves: self._through(model.spec, leaves),
+            through=through,
         )
         if self.on_policy is not None:
-            step = self.on_policy(structure, step)
+            step = self.on_policy(structure, step, through)
         rows = Rows(self.text, self._tokenizer(), self.batch, self.seed)
         with (
             Metrics(folder) as metrics,

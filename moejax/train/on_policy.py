@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from moejax.core import check_that, keys, spec
-from moejax.models import Sample, Structure, combine, generate
+from moejax.models import DecoderLM, Sample, Structure, combine, generate
+from moejax.models.partition import Leaves
 from moejax.train.step import Step, StepMetrics, TrainState
 
 
@@ -32,25 +33,28 @@ class OnPolicy:
         check_that(0 < self.share <= 1, self, "share", "Above 0 and at most 1.")
         check_that(self.prompt >= 1, self, "prompt", "Keep at least one token.")
 
-    def __call__(self, structure: Structure, step: Step) -> Step:
-        """The step on what `tokens_BxS1` became."""
-        return functools.partial(self._step, structure, step)
+    def __call__(
+        self,
+        structure: Structure,
+        step: Step,
+        through: Callable[[Leaves], Leaves] = lambda trainable: trainable,
+    ) -> Step:
+        """The step on what `tokens_BxS1` became; through: as `train_step` was given."""
 
-    def _step(
-        self, structure: Structure, step: Step, state: TrainState, tokens_BxS1: Any
-    ) -> tuple[TrainState, StepMetrics]:
-        return step(state, self.written(structure, state, tokens_BxS1))
+        def on_own(state: TrainState, tokens_BxS1: Any) -> tuple[TrainState, StepMetrics]:
+            student = combine(structure, through(state.trainable), state.frozen)
+            return step(state, self.written(student, int(state.step), tokens_BxS1))
 
-    def written(self, structure: Structure, state: TrainState, tokens_BxS1: Any) -> np.ndarray:
-        """The batch with the student's own continuations in the rows that are drawn."""
+        return on_own
+
+    def written(self, student: DecoderLM, number: int, tokens_BxS1: Any) -> np.ndarray:
+        """The batch of step `number` with the student's own words in the rows that are drawn."""
         given = np.asarray(tokens_BxS1)
-        number = int(state.step)
         own_B = np.random.default_rng((self.seed, number)).random(len(given)) < self.share
         new = given.shape[1] - self.prompt
         if not own_B.any() or new <= 0:
             return given
         key = keys.fold(jax.random.key(self.seed), number)
-        student = combine(structure, state.trainable, state.frozen)
         prompt = jnp.asarray(given[:, : self.prompt])
         drawn = generate(student, prompt, new, sampler=self.sampler, key=key)
         own_BxS1 = np.concatenate([given[:, : self.prompt], np.asarray(drawn)], axis=1)

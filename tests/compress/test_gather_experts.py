@@ -17,7 +17,9 @@ from moejax.compress import (
     SingularVectors,
     SumOfExperts,
     TopUnits,
+    account,
     check_recipe,
+    touched,
 )
 from moejax.core import SpecError
 from moejax.models import DenseSpec, abstract_model, layers, parameters, with_layers
@@ -122,6 +124,8 @@ def test_what_is_no_expert_is_copied_and_the_ledger_says_where_experts_went(mode
     gone = [row for row in rows.values() if row.expert is not None]
     assert len(gone) == LAYERS * EXPERTS * 3 and all(r.gone and not r.stored_bytes for r in gone)
     assert rows[0, None, "ffn.up"].stored_bytes == 2 * 32 * 32
+    books = account(student, touched(ledger, "arm"))  # the experts it touched are no more
+    assert (books.code_bits, books.expert_bytes) == (16, 0)
     outlined, _ = GatherExperts(gathering=DrawnAnew()).outline(abstract_model(model.spec))
     assert outlined.spec == student.spec
 

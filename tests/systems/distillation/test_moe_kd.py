@@ -9,7 +9,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
-    overrides = [*NANO, *RECOVERY, "steps = 60"]
+    overrides = [*NANO, *RECOVERY, "steps = 30"]
     return run_system("distillation/moe_kd", tmp_path_factory.mktemp("moe_kd"), overrides)
 
 

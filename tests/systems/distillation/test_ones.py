@@ -9,7 +9,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
-    overrides = [*NANO, *RECOVERY, "steps = 60", "SingularVectors.scale = 0.125"]
+    overrides = [*NANO, *RECOVERY, "steps = 30", "SingularVectors.scale = 0.125"]
     return run_system("distillation/ones", tmp_path_factory.mktemp("ones"), overrides)
 
 
