@@ -43,7 +43,7 @@ def test_pod_configs_fit_their_mesh(config):
         assert step.program(job.model, job.parallel).tokens >= step.batch
 
 
-@pytest.mark.slow
+@pytest.mark.pods
 @needs_libtpu
 @pytest.mark.parametrize("config", PODS)
 def test_pods_fit_their_chips(config):
