@@ -44,8 +44,10 @@ test: setup
 # These compute more than they compile: LLVM optimizes, which tests else do without.
 slow systems: export XLA_FLAGS =
 
+# Acceptance tests of systems are not among them: make systems runs those, and make pods the pods.
 slow: setup
-	$(BIN)/python -m pytest -n 2 --dist loadgroup --max-worker-restart 0 -m "slow or assets or chromium"
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --max-worker-restart 0 \
+	  -m "slow or assets or chromium" --ignore tests/systems
 
 lint:
 	$(MAKE) setup EXTRAS=test,lint

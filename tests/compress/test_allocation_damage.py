@@ -5,9 +5,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from moejax.compress.allocation_damage import DamageBudget, _spread
+from moejax.compress.allocation_damage import DamageBudget
 from moejax.compress.block_weights import block_weights, expert_matrices, with_block_weights
 from moejax.compress.methods import FullPrecision
+from moejax.compress.text_windows import spread
 from moejax.core import MoejaxError, SpecError
 from moejax.models import layers, with_layers
 from moejax.weights import AsymmetricGrid
@@ -112,7 +113,7 @@ def test_no_plan_is_no_plan(model, text):
 def test_profiling_reads_all_groups():
     """Catches importance measured on the first group of a text alone, and windows read twice."""
     text = cut({"docs": make_tokens(75), "code": make_tokens(90, seed=1)}, 3)
-    (batch, *_) = read = _spread(text, 4)
+    (batch, *_) = read = spread(text, 4, "DamageBudget")
     rows = np.concatenate([b.tokens_BxS[b.mask_BxS.any(1)] for b in read])
     assert batch.tokens_BxS.shape == text[0].tokens_BxS.shape and len(rows) == 4
     groups = [{b.group for b in text if (b.tokens_BxS == row).all(1).any()} for row in rows]

@@ -12,6 +12,7 @@ from moejax.compress import (
     Frequency,
     GateMassScore,
     MeanProbability,
+    Rarity,
     check_recipe,
 )
 from moejax.core import SpecError, spec
@@ -35,17 +36,6 @@ def _kept(before, after, layer):
     name = f"layers.{layer}.moe.experts.up"
     old, new = np.asarray(parameters(before)[name]), np.asarray(parameters(after)[name])
     return [next(e for e, w in enumerate(old) if np.array_equal(w, row)) for row in new]
-
-
-@spec
-class Rarity:
-    """The reverse of frequency: the rarest experts stay."""
-
-    def needs(self):
-        return (ExpertCounts(),)
-
-    def __call__(self, layer, block, stats):
-        return -stats["expert_counts"]
 
 
 @pytest.mark.parametrize(

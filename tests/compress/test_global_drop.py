@@ -12,7 +12,7 @@ from tests.compress.conftest import EXPERTS, LAYERS, Source, apply, logits
 
 
 @spec
-class Planted:
+class PlantedByLayer:
     """Scores by layer: all experts of layer 1 above those of layer 0."""
 
     def needs(self):
@@ -27,7 +27,7 @@ class Nothing:
 
 
 def plan(model, **changes):
-    return GlobalExpertDrop(score=Planted(), **changes).decide(Nothing(), model)
+    return GlobalExpertDrop(score=PlantedByLayer(), **changes).decide(Nothing(), model)
 
 
 def test_layers_of_low_scores_lose_more(model):
