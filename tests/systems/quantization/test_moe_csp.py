@@ -30,4 +30,5 @@ def test_experts_shrink_and_the_model_holds(tmp_path):
     # Experts of 64 inputs: a scale of 16 bits for 64 codes of 4. From 240 inputs on it is 7.5.
     assert 2 * base.expert_bytes / four.expert_bytes == pytest.approx(32 / (4 + 16 / 64))
     assert four.stored_bytes - four.expert_bytes == base.stored_bytes - base.expert_bytes
-    assert ran.damage("experts at 8 bits") < ran.damage("experts at 4 bits")
+    # By KL: the loss itself changes by less than its standard error here.
+    assert 0 < ran.result.arm("experts at 8 bits").average.kl < four.average.kl
