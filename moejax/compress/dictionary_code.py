@@ -13,7 +13,7 @@ from moejax import weights
 from moejax.calibrate import Accumulator, LayerStatistics, Statistics
 from moejax.compress.block_weights import EXPERTS, block_weights, with_block_weights
 from moejax.compress.passes import LayerEdit, MatrixEdit
-from moejax.compress.patterns import OUTSIDE, in_layer, matching
+from moejax.compress.patterns import OUTSIDE, by_layer, in_layer, matching
 from moejax.core import SpecError, spec
 from moejax.models import Block, DecoderLM, ModelSpec, parameters, with_parameters
 from moejax.weights.dictionary import check_pairs
@@ -56,11 +56,7 @@ class DictionaryCode:
         return False
 
     def decide(self, stats: Statistics, model: DecoderLM) -> Plan:
-        plan: Plan = {}
-        for name in self._names(model.spec):
-            layer, within = in_layer(name)
-            plan[layer] = (*plan.get(layer, ()), within)
-        return plan
+        return by_layer(self._names(model.spec))
 
     def apply_layer(
         self, index: int, block: Block, plan: Plan, stats: LayerStatistics, key: Array

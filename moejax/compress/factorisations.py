@@ -14,9 +14,8 @@ from moejax import weights
 from moejax.calibrate import Accumulator, LayerStatistics, Routed, Rows
 from moejax.compress.methods import (
     MatrixInputs,
+    OfInputs,
     Quantized,
-    input_needs,
-    matrix_inputs,
     output_errors,
 )
 from moejax.compress.passes import Weight
@@ -78,7 +77,7 @@ class PlainSVD:
 
 
 @spec
-class WhitenedSVD:
+class WhitenedSVD(OfInputs):
     """SVD-LLM (arXiv:2403.07378): the least error of the outputs on the calibration rows.
 
     rows: which rows count, and how much. least_tokens: rows per input of a matrix below which an
@@ -99,12 +98,6 @@ class WhitenedSVD:
     def least_rank(self) -> int:
         return 1
 
-    def needs(self, matrix: str) -> tuple[Accumulator, ...]:
-        return input_needs(matrix, self.rows, type(self).__name__)
-
-    def inputs(self, matrix: str, stats: LayerStatistics) -> MatrixInputs:
-        return matrix_inputs(matrix, stats, self.rows, type(self).__name__)
-
     def shapes(self, w: Any, rank: int, name: str) -> LowRank:
         return _shapes(w, rank, self.stored, name)
 
@@ -119,7 +112,7 @@ class WhitenedSVD:
 
 
 @spec
-class ActivationScaledSVD:
+class ActivationScaledSVD(OfInputs):
     """ASVD (arXiv:2312.05821): the SVD of diag(s) w, s_k the size of input k to the power alpha.
 
     The paper takes the mean of |x_k| (or its maximum); this the root of the mean square, which the
@@ -138,12 +131,6 @@ class ActivationScaledSVD:
     @property
     def least_rank(self) -> int:
         return 1
-
-    def needs(self, matrix: str) -> tuple[Accumulator, ...]:
-        return input_needs(matrix, self.rows, type(self).__name__)
-
-    def inputs(self, matrix: str, stats: LayerStatistics) -> MatrixInputs:
-        return matrix_inputs(matrix, stats, self.rows, type(self).__name__)
 
     def shapes(self, w: Any, rank: int, name: str) -> LowRank:
         return _shapes(w, rank, self.stored, name)
@@ -198,7 +185,7 @@ class CompensatedGrid:
 
 
 @spec
-class LowRankAndRows:
+class LowRankAndRows(OfInputs):
     """Factors plus the rows of what they leave over that count most (LoSparse, arXiv:2306.11222).
 
     w = u v + S, where S is kept in a share `rows_kept` of the input channels, those of largest
@@ -221,12 +208,6 @@ class LowRankAndRows:
     @property
     def least_rank(self) -> int:
         return 1
-
-    def needs(self, matrix: str) -> tuple[Accumulator, ...]:
-        return input_needs(matrix, self.rows, type(self).__name__)
-
-    def inputs(self, matrix: str, stats: LayerStatistics) -> MatrixInputs:
-        return matrix_inputs(matrix, stats, self.rows, type(self).__name__)
 
     def shapes(self, w: Any, rank: int, name: str) -> weights.RowPatch:
         pair = _shapes(w, rank, self.stored, name)

@@ -130,6 +130,21 @@ def matrix_inputs(matrix: str, stats: LayerStatistics, rows: Rows, owner: str) -
     return MatrixInputs(moments, seen)
 
 
+class OfInputs:
+    """What methods share that read the second moments of a matrix's inputs.
+
+    rows: of an expert's, which count.
+    """
+
+    rows: Rows
+
+    def needs(self, matrix: str) -> tuple[Accumulator, ...]:
+        return input_needs(matrix, self.rows, type(self).__name__)
+
+    def inputs(self, matrix: str, stats: LayerStatistics) -> MatrixInputs:
+        return matrix_inputs(matrix, stats, self.rows, type(self).__name__)
+
+
 def _moments(matrix: str, rows: Rows, owner: str) -> tuple[SecondMoments, ...]:
     """Of its inputs; a layer has those of its rare tap or, behind them, the usual ones."""
     if matrix not in INPUT_TAPS:
@@ -179,7 +194,7 @@ class RoundToNearest:
 
 
 @spec
-class GPTQ:
+class GPTQ(OfInputs):
     """Input by input onto the grid, each error made good by the inputs that follow (2210.17323).
 
     All experts of a layer at once, each with the second moments of its own rows (arXiv:2310.16795).
@@ -197,12 +212,6 @@ class GPTQ:
     def check(self) -> None:
         check_that(self.least_tokens >= 0, self, "least_tokens", "Use 0 to trust any expert.")
         check_that(self.damping >= 0, self, "damping", "0.01 is usual.")
-
-    def needs(self, matrix: str) -> tuple[Accumulator, ...]:
-        return input_needs(matrix, self.rows, "GPTQ")
-
-    def inputs(self, matrix: str, stats: LayerStatistics) -> MatrixInputs:
-        return matrix_inputs(matrix, stats, self.rows, "GPTQ")
 
     def __call__(self, w: Array, grid: Choice, inputs: MatrixInputs | None, name: str) -> Quantized:
         if isinstance(grid, FullPrecision):

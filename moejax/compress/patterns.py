@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
 import jax
@@ -62,6 +63,15 @@ def in_layer(name: str) -> tuple[int, str]:
         return OUTSIDE, name
     _, index, rest = name.split(".", 2)
     return int(index), rest
+
+
+def by_layer(names: Iterable[str]) -> dict[int, tuple[str, ...]]:
+    """Layer, or OUTSIDE, -> the names within it, in their order."""
+    found: dict[int, tuple[str, ...]] = {}
+    for name in names:
+        layer, within = in_layer(name)
+        found[layer] = (*found.get(layer, ()), within)
+    return found
 
 
 def _meant(name: str, pattern: str) -> bool:

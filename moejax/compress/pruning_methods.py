@@ -12,9 +12,8 @@ from moejax import weights
 from moejax.calibrate import Accumulator, LayerStatistics, Routed, Rows
 from moejax.compress.methods import (
     MatrixInputs,
+    OfInputs,
     Quantized,
-    input_needs,
-    matrix_inputs,
     output_errors,
 )
 from moejax.compress.passes import Weight
@@ -70,7 +69,7 @@ class Magnitude:
 
 
 @spec
-class Wanda:
+class Wanda(OfInputs):
     """The smallest |w_kn| ||X_k|| go, X_k the k-th input over the rows seen (arXiv:2306.11695).
 
     With `rows=GateWeighted()` it is MoE-Pruner (arXiv:2410.12013): every row counts times the gate
@@ -82,12 +81,6 @@ class Wanda:
 
     def strips(self, pattern: Pattern, inputs: int) -> int:
         return 1
-
-    def needs(self, matrix: str) -> tuple[Accumulator, ...]:
-        return input_needs(matrix, self.rows, "Wanda")
-
-    def inputs(self, matrix: str, stats: LayerStatistics) -> MatrixInputs:
-        return matrix_inputs(matrix, stats, self.rows, "Wanda")
 
     def __call__(
         self, w: Array, pattern: Pattern, inputs: MatrixInputs | None, name: str
@@ -102,7 +95,7 @@ class Wanda:
 
 
 @spec
-class SparseGPT:
+class SparseGPT(OfInputs):
     """Input by input, each loss made good by the inputs that follow: see `weights.sparse_gpt`.
 
     least_tokens: rows per input of a matrix below which an expert is pruned by magnitude instead;
@@ -121,12 +114,6 @@ class SparseGPT:
 
     def strips(self, pattern: Pattern, inputs: int) -> int:
         return inputs // weights.strip_length(pattern, inputs, self.block)
-
-    def needs(self, matrix: str) -> tuple[Accumulator, ...]:
-        return input_needs(matrix, self.rows, "SparseGPT")
-
-    def inputs(self, matrix: str, stats: LayerStatistics) -> MatrixInputs:
-        return matrix_inputs(matrix, stats, self.rows, "SparseGPT")
 
     def __call__(
         self, w: Array, pattern: Pattern, inputs: MatrixInputs | None, name: str

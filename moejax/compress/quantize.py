@@ -13,7 +13,7 @@ from moejax.calibrate import Accumulator, LayerStatistics, Statistics
 from moejax.compress.block_weights import EXPERTS, block_weights, with_block_weights
 from moejax.compress.methods import Choice, Method, RoundToNearest, edits
 from moejax.compress.passes import LayerEdit, MatrixEdit, Weight, require_dense
-from moejax.compress.patterns import OUTSIDE, in_layer, matching
+from moejax.compress.patterns import OUTSIDE, by_layer, in_layer, matching
 from moejax.core import spec
 from moejax.models import Block, DecoderLM, ModelSpec, parameters, with_parameters
 
@@ -60,11 +60,7 @@ class Quantize:
         return True
 
     def decide(self, stats: Statistics, model: DecoderLM) -> Plan:
-        plan: Plan = {}
-        for name in self._names(model.spec):
-            layer, within = in_layer(name)
-            plan[layer] = (*plan.get(layer, ()), within)
-        return plan
+        return by_layer(self._names(model.spec))
 
     def apply_layer(
         self, index: int, block: Block, plan: Plan, stats: LayerStatistics, key: Array

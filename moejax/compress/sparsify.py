@@ -12,10 +12,10 @@ from jax import Array
 from moejax import weights
 from moejax.calibrate import Accumulator, LayerStatistics, Statistics
 from moejax.compress.block_weights import EXPERTS, block_weights, with_block_weights
-from moejax.compress.layer_patterns import LayerPatterns, Matrices
+from moejax.compress.layer_patterns import LayerPatterns
 from moejax.compress.methods import edits
 from moejax.compress.passes import LayerEdit, MatrixEdit, Weight, require_dense
-from moejax.compress.patterns import OUTSIDE, in_layer, matching
+from moejax.compress.patterns import OUTSIDE, by_layer, in_layer, matching
 from moejax.compress.pruning_methods import Magnitude, PruningMethod
 from moejax.core import spec
 from moejax.models import Block, DecoderLM, ModelSpec, parameters, with_parameters
@@ -60,10 +60,7 @@ class Sparsify:
         return True
 
     def decide(self, stats: Statistics, model: DecoderLM) -> Plan:
-        matrices: Matrices = {}
-        for name in self._names(model.spec):
-            layer, within = in_layer(name)
-            matrices[layer] = (*matrices.get(layer, ()), within)
+        matrices = by_layer(self._names(model.spec))
         if not isinstance(self.pattern, LayerPatterns):
             return {layer: (self.pattern, found) for layer, found in matrices.items()}
         patterns = self.pattern.decide(stats, model, matrices)
