@@ -29,6 +29,7 @@ _SKEWS = {"balanced": 0.0, "skewed": ZIPF}
 _GROUP = 128
 _AT_LEAST = 0.05  # seconds that a timed call takes, repeats included
 _LONG = 2.0  # seconds
+_BANKS_OF_GRADIENT = 5  # ours, torch's, the gradient of one, and what its backward pass keeps
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -178,7 +179,11 @@ def _float_rows(bank, shape: Shape, label: str, skew: float, turns: int):
     yield from _rows(f"forward {shape.tokens}", shape, label, times, compiling, ratios)
     if shape.tokens != 512:
         return
-
+    wanted = _BANKS_OF_GRADIENT * sum(w.nbytes for w in bank.values())
+    if wanted > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
+        print(f"gradient {shape.name}: takes {wanted / 1e9:.0f} GB, left out; --cut 2 has it smaller")
+        return
+    del calls  # and with them a copy of the bank
     def loss(product, x, gate, bank):
         return experts(product, x, index, gate, bank).sum()
 
@@ -274,10 +279,9 @@ def torch_calls(bank, shape: Shape, given, *, gradient: bool = False) -> dict[st
     )
     with torch.device("meta"):
         module = OlmoeExperts(config)
-    gate_up = jnp.concatenate([bank["gate"], bank["up"]], axis=2)
-    module.gate_up_proj = torch.nn.Parameter(_tensor(gate_up).mT.contiguous())
-    module.down_proj = torch.nn.Parameter(_tensor(bank["down"]).mT.contiguous())
-    x, index, gate = (_tensor(array) for array in given)
+    module.gate_up_proj = _parameter(bank["gate"], bank["up"])
+    module.down_proj = _parameter(bank["down"])
+    x, index, gate = (torch.from_dlpack(array).clone() for array in given)
     index = index.long()
 
     def call(implementation: str) -> None:
@@ -294,7 +298,14 @@ def torch_calls(bank, shape: Shape, given, *, gradient: bool = False) -> dict[st
     return {f"transformers {name}": partial(call, name) for name in ("eager", "grouped_mm")}
 
 
-def _tensor(array: Array):
+def _parameter(*parts: Array):
+    """[E, outputs of all parts, K] of parts [E, K, N], without a copy beside it."""
     import torch
 
-    return torch.from_dlpack(array).clone()
+    tensors = [torch.from_dlpack(part).mT for part in parts]
+    experts, _, inputs = tensors[0].shape
+    outputs = [tensor.shape[1] for tensor in tensors]
+    whole = torch.empty((experts, sum(outputs), inputs), dtype=tensors[0].dtype)
+    for rows, tensor in zip(whole.split(outputs, dim=1), tensors, strict=True):
+        rows.copy_(tensor)
+    return torch.nn.Parameter(whole)
