@@ -181,9 +181,12 @@ def _float_rows(bank, shape: Shape, label: str, skew: float, turns: int):
         return
     wanted = _BANKS_OF_GRADIENT * sum(w.nbytes for w in bank.values())
     if wanted > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
-        print(f"gradient {shape.name}: takes {wanted / 1e9:.0f} GB, left out; --cut 2 has it smaller")
+        print(
+            f"gradient {shape.name}: takes {wanted / 1e9:.0f} GB, left out; --cut 2 has it smaller"
+        )
         return
     del calls  # and with them a copy of the bank
+
     def loss(product, x, gate, bank):
         return experts(product, x, index, gate, bank).sum()
 
