@@ -20,6 +20,7 @@ from moejax.models.local_filter import LocalFilter, LocalFilterSpec
 from moejax.models.mixer import (
     KV,
     Carry,
+    LayerState,
     SequenceState,
     append,
     attend,
@@ -224,12 +225,12 @@ class Attention(nnx.Module):
     def __call__(
         self,
         x_BxSxD: Array,
-        state: SequenceState | None,
+        state: SequenceState | LayerState | None,
         position_BxS: Array,
         mask_BxS: Array,
         request: Request,
         carry: Carry,
-    ) -> tuple[Array, SequenceState | None, Taps, Carry]:
+    ) -> tuple[Array, SequenceState | LayerState | None, Taps, Carry]:
         spec = self.spec
         sees_BxSxD, recurrent = x_BxSxD, None
         if self.filter is not None:
@@ -244,8 +245,8 @@ class Attention(nnx.Module):
             k = self._heads(sees_BxSxD, self.k, self.k_bias, spec.kv_heads)
             v = self._clip(self._heads(x_BxSxD, self.v, self.v_bias, spec.kv_heads))
             k = self._placed(k, None if self._norms_late else self.k_norm, turn)
-            seen = append(state, tokens_state((k, v), position_BxS, mask_BxS, recurrent))
-            state = None if state is None else seen
+            new = tokens_state((k, v), position_BxS, mask_BxS, recurrent)
+            seen, state = append(state, new)
         key, value = seen.cached
         if self._norms_late and self.k_norm is not None:
             key = self.k_norm(key)

@@ -13,7 +13,7 @@ from jax import Array
 
 from moejax.core import Taps, taps
 from moejax.core.taps import Request
-from moejax.models.mixer import Carry, SequenceState
+from moejax.models.mixer import Carry, LayerState, SequenceState
 from moejax.models.norm import Norm
 from moejax.models.spec import DenseSpec, LayerSpec, ModelSpec
 from moejax.moe import GatedFFN, MoELayer, MoESpec, Parallel, RouterContext, Routing
@@ -46,14 +46,14 @@ class Block(nnx.Module):
     def __call__(
         self,
         x_BxSxD: Array,
-        state: SequenceState | None,
+        state: SequenceState | LayerState | None,
         position_BxS: Array,
         mask_BxS: Array,
         context: RouterContext,
         request: Request,
         carry: Carry,
         parallel: Parallel | None = None,
-    ) -> tuple[Array, SequenceState | None, Routing | None, Taps, Carry]:
+    ) -> tuple[Array, SequenceState | LayerState | None, Routing | None, Taps, Carry]:
         """The stream after the block, its state, its routing, taps, and what it `writes`."""
         found, routing, written = taps.collect(request, block_input=x_BxSxD), None, {}
         h_BxSxD = x_BxSxD

@@ -17,7 +17,7 @@ from moejax.core.taps import NOTHING, Request
 from moejax.mesh import batch_sharding
 from moejax.models.block import Block, run_length, stack, unstack
 from moejax.models.logical import between_uses
-from moejax.models.mixer import Carry
+from moejax.models.mixer import Carry, LayerState
 from moejax.models.norm import Norm
 from moejax.models.remat import Remat
 from moejax.models.spec import ModelSpec
@@ -193,18 +193,21 @@ def _scan(
     positions_BxS, mask_BxS, context, request, carry, parallel = fixed
     placed = _placed(run, parallel)
 
-    def body(x: Array, layer: tuple) -> tuple[Array, tuple]:
-        parameters, layer_state, layer_key = layer
+    def body(stream: tuple, layer: tuple) -> tuple[tuple, tuple]:
+        x, state = stream  # the state is carried: as an output of the scan it would be copied
+        parameters, index, layer_key = layer
         x, parameters = placed(x, parameters)
         block = nnx.merge(graphdef, parameters)
         inside = dataclasses.replace(context, key=layer_key)
-        x, *rest = block(x, layer_state, positions_BxS, mask_BxS, inside, request, carry, parallel)
-        return x, tuple(rest)
+        own = None if state is None else LayerState(state, index)
+        x, own, *rest = block(x, own, positions_BxS, mask_BxS, inside, request, carry, parallel)
+        return (x, own.run if isinstance(own, LayerState) else None), tuple(rest)
 
     if remat is not None:  # a scan's body is not merged with the pass that repeats it
         body = jax.checkpoint(body, policy=remat.policy(), prevent_cse=False)
-    x, (after, routings, found, written) = jax.lax.scan(
-        body, x, (stacked, state, layer_keys), length=run_length(run)
+    indices = jnp.arange(run_length(run), dtype=jnp.int32)
+    (x, after), (routings, found, written) = jax.lax.scan(
+        body, (x, state), (stacked, indices, layer_keys)
     )
     return x, after, routings, found, jax.tree.map(lambda a: a[-1], written)
 

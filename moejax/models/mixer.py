@@ -35,6 +35,63 @@ class SequenceState:
     used: Array
     recurrent: Any = None
 
+    def appended(self, new: SequenceState) -> tuple[SequenceState, SequenceState]:
+        """See `append`."""
+
+        def put(old: Array, value: Array) -> Array:
+            return _write(old, value, (0, self.used))
+
+        seen = SequenceState(
+            cached=tuple(map(put, self.cached, new.cached)),
+            position_BxS=put(self.position_BxS, new.position_BxS),
+            valid_BxS=put(self.valid_BxS, new.valid_BxS),
+            used=self.used + new.used,
+            recurrent=new.recurrent,
+        )
+        return seen, seen
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LayerState:
+    """The state of one layer where it lies, among those of the other layers of its run.
+
+    run: a SequenceState whose leaves lead with the layer axis; layer: int32 [], which of them.
+    New tokens alone are written, so that a scan that carries `run` changes it in place.
+    """
+
+    run: SequenceState
+    layer: Array
+
+    @property
+    def recurrent(self) -> Any:
+        """Of this layer."""
+        return self._of_layer(self.run.recurrent)
+
+    def appended(self, new: SequenceState) -> tuple[SequenceState, LayerState]:
+        """See `append`."""
+        run, layer = self.run, self.layer
+
+        def put(old: Array, value: Array) -> Array:
+            return _write(old, value[None], (layer, 0, run.used[layer]))
+
+        run = SequenceState(
+            cached=tuple(map(put, run.cached, new.cached)),
+            position_BxS=put(run.position_BxS, new.position_BxS),
+            valid_BxS=put(run.valid_BxS, new.valid_BxS),
+            used=run.used.at[layer].add(new.used),
+            recurrent=jax.tree.map(
+                lambda old, value: _write(old, value[None], (layer,)), run.recurrent, new.recurrent
+            ),
+        )
+        after = LayerState(run, layer)
+        return after._of_layer(run), after
+
+    def _of_layer(self, led: Any) -> Any:
+        return jax.tree.map(
+            lambda a: jax.lax.dynamic_index_in_dim(a, self.layer, keepdims=False), led
+        )
+
 
 @runtime_checkable
 class Mixer(Protocol):
@@ -75,12 +132,12 @@ class MixerModule(Protocol):
     def __call__(
         self,
         x_BxSxD: Array,
-        state: SequenceState | None,
+        state: SequenceState | LayerState | None,
         position_BxS: Array,
         mask_BxS: Array,
         request: Request,
         carry: Carry,
-    ) -> tuple[Array, SequenceState | None, Taps, Carry]:
+    ) -> tuple[Array, SequenceState | LayerState | None, Taps, Carry]:
         """y_BxSxD, the state with these tokens, the taps asked for, and what it `writes`."""
         ...
 
@@ -106,22 +163,17 @@ def tokens_state(
     return SequenceState(cached, position_BxS, mask_BxS, used, recurrent)
 
 
-def append(state: SequenceState | None, new: SequenceState) -> SequenceState:
-    """The state with new tokens behind the old ones; the new alone where there was none."""
-    if state is None:
-        return new
+def append(
+    state: SequenceState | LayerState | None, new: SequenceState
+) -> tuple[SequenceState, SequenceState | LayerState | None]:
+    """What the new tokens see, themselves behind the old ones, and the state that holds both."""
+    return (new, None) if state is None else state.appended(new)
 
-    def put(old: Array, value: Array) -> Array:
-        start = (0, state.used) + (0,) * (old.ndim - 2)
-        return jax.lax.dynamic_update_slice(old, value.astype(old.dtype), start)
 
-    return SequenceState(
-        cached=tuple(map(put, state.cached, new.cached)),
-        position_BxS=put(state.position_BxS, new.position_BxS),
-        valid_BxS=put(state.valid_BxS, new.valid_BxS),
-        used=state.used + new.used,
-        recurrent=new.recurrent,
-    )
+def _write(old: Array, value: Array, place: tuple[Any, ...]) -> Array:
+    """`old` with a value written into it from `place` on, an index for each leading axis."""
+    start = place + (0,) * (old.ndim - len(place))
+    return jax.lax.dynamic_update_slice(old, value.astype(old.dtype), start)
 
 
 def visible(position_BxS: Array, seen: SequenceState, window: int | None = None) -> Array:

@@ -14,6 +14,7 @@ from moejax.core import Taps, check_that, compat, parts, spec, taps
 from moejax.core.taps import Request
 from moejax.models.mixer import (
     Carry,
+    LayerState,
     SequenceState,
     append,
     attend,
@@ -111,12 +112,12 @@ class MLA(nnx.Module):
     def __call__(
         self,
         x_BxSxD: Array,
-        state: SequenceState | None,
+        state: SequenceState | LayerState | None,
         position_BxS: Array,
         mask_BxS: Array,
         request: Request,
         carry: Carry,
-    ) -> tuple[Array, SequenceState | None, Taps, Carry]:
+    ) -> tuple[Array, SequenceState | LayerState | None, Taps, Carry]:
         spec = self.spec
         B, S, _ = x_BxSxD.shape
         turn = spec.rope.rotation(spec.rope_width, position_BxS, mask_BxS)
@@ -127,7 +128,7 @@ class MLA(nnx.Module):
         latent_BxSxR = self.kv_norm(down[..., : spec.kv_rank])
         key_rope = turn(down[..., None, spec.kv_rank :])[:, :, 0]
         row = jnp.concatenate([latent_BxSxR, key_rope], axis=-1)
-        seen = append(state, tokens_state((row,), position_BxS, mask_BxS))
+        seen, state = append(state, tokens_state((row,), position_BxS, mask_BxS))
         # One token at a time meets the latents as they lie; many make expanding them worth it.
         form = self._expanded if state is None or S > 1 else self._absorbed
         context_BxSxC, share = form(q_nope, q_rope, seen, visible(position_BxS, seen))
@@ -144,7 +145,7 @@ class MLA(nnx.Module):
         if query_latent is not None:
             asked[taps.QUERY_LATENT] = query_latent
         found = found.merged(taps.collect(request, **asked))
-        return y_BxSxD, None if state is None else seen, found, {}
+        return y_BxSxD, state, found, {}
 
     def _query_latent(self, x_BxSxD: Array) -> Array | None:
         if self.q_down is None or self.q_norm is None:

@@ -1,13 +1,17 @@
 """Generation against repeated full forward passes."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from moejax import weights
 from moejax.core import SpecError
-from moejax.models import Greedy, Sample, generate, parameters, with_parameters
+from moejax.models import Greedy, Sample, generate, init_state, parameters, with_parameters
+from moejax.models.generate import decode
 
 
 def repeated(run, model, tokens_BxS, steps):
@@ -32,6 +36,19 @@ def test_left_padding_changes_nothing(model, tokens_BxS):
     mask = jnp.arange(12) >= 3
     got = generate(model, padded, 4, mask_BxS=jnp.broadcast_to(mask, padded.shape))
     np.testing.assert_array_equal(got, generate(model, tokens_BxS, 4))
+
+
+def test_decode_writes_new_rows_alone(model):
+    """Catches a cache that goes through the scan of the layers as its input and its output: XLA
+    then holds it twice and copies it whole, twice per token."""
+    state = init_state(model, 2, 37)
+    graphdef, leaves = nnx.split(model)
+    arguments = (leaves, jnp.zeros((2, 48)), jnp.zeros(2, jnp.int32), state, jax.random.key(0))
+    lowered = decode.lower(graphdef, Greedy(), 4, jnp.float32, None, *arguments)
+    text = str(lowered.compile().as_text())
+    made = re.findall(r"= f32\[2,2,37,2,8\]\S* ([\w-]+)\(", text)
+    assert "dynamic-update-slice" in made
+    assert not {"copy", "copy-start", "broadcast", "concatenate"} & set(made), made
 
 
 FORMATS = {
