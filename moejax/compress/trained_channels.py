@@ -113,6 +113,7 @@ class StoreChannels:
 
     def _stored(self, w: Sum) -> Format:
         pair, rest = w.terms
+        assert isinstance(pair, LowRank) and not isinstance(rest, Format)
         u, v = pair.factors
         count = channels_left(self.left, w.shape[-1])
         if not count:

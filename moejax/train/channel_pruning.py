@@ -64,24 +64,24 @@ class PrunesChannels:
         )
         inner = self.optimizer.transformation(steps)
 
-        def init(leaves: Any) -> _Pruning:
-            _require_pruned(leaves)
+        def init(params: Any) -> _Pruning:
+            _require_pruned(params)
             # One per parameter, though only those of S are read: so a mesh knows where each lies.
-            zeros = jax.tree.map(jnp.zeros_like, leaves)
-            return _Pruning(inner.init(leaves), zeros, jnp.zeros((), jnp.int32))
+            zeros = jax.tree.map(jnp.zeros_like, params)
+            return _Pruning(inner.init(params), zeros, jnp.zeros((), jnp.int32))
 
-        def update(gradients: Any, state: Any, leaves: Any = None) -> tuple[Any, _Pruning]:
-            updates, memory = inner.update(gradients, state.inner, leaves)
-            changed, importance = dict(cast(Leaves, updates)), dict(state.importance)
+        def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, _Pruning]:
+            stepped, memory = inner.update(updates, state.inner, params)
+            changed, importance = dict(cast(Leaves, stepped)), dict(state.importance)
             share = self.share(state.step, steps)
             for name in filter(is_pruned, changed):
-                after = leaves[name] + changed[name]
-                seen = jnp.abs(after * gradients[name])
+                after = params[name] + changed[name]
+                seen = jnp.abs(after * updates[name])
                 old = importance[name]
                 importance[name] = self.decay * old + (1 - self.decay) * seen
                 count = self._count(share, after.shape[-1])
                 kept = _largest(importance[name].mean(-2), count)[..., None, :]
-                changed[name] = jnp.where(kept, changed[name], -leaves[name])
+                changed[name] = jnp.where(kept, changed[name], -params[name])
             return changed, _Pruning(memory, importance, state.step + 1)
 
         return optax.GradientTransformation(init, update)
