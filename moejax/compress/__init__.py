@@ -5,12 +5,14 @@ from moejax.compress.passes import LayerEdit, MatrixEdit, OutsidePass, Pass, Sta
 
 # Passes
 from moejax.compress.adapters import AddAdapters
+from moejax.compress.below_mean_drop import BelowMeanDrop
 from moejax.compress.channel_patch import (
     BySensitivity,
     ChannelPatch,
     ChannelSelection,
     RandomChannels,
 )
+from moejax.compress.choose_fewer import ChooseFewer
 from moejax.compress.dictionary_code import DictionaryCode
 from moejax.compress.cluster_drop import ClusterDrop
 from moejax.compress.dynamic_skip import DynamicSkip
@@ -36,6 +38,7 @@ from moejax.compress.merge_experts import (
     EqualWeights,
     MergeExperts,
 )
+from moejax.compress.merge_router import MergeRouter
 from moejax.compress.mixed_precision import MixedPrecision
 from moejax.compress.neuron_drop import (
     NeuronDrop,
@@ -48,6 +51,7 @@ from moejax.compress.quantize import Quantize
 from moejax.compress.searched_drop import SearchedDrop
 from moejax.compress.sparsify import Sparsify
 from moejax.compress.subset_drop import SubsetDrop
+from moejax.compress.trained_channels import StoreChannels
 
 from moejax.compress.share_base import (
     Barycentre,
@@ -57,6 +61,7 @@ from moejax.compress.share_base import (
     PlainMean,
     Residual,
     ShareBase,
+    SparseResidual,
 )
 
 # How a matrix goes onto a grid
@@ -76,6 +81,7 @@ from moejax.compress.factorisations import (
     PlainSVD,
     WhitenedSVD,
 )
+from moejax.compress.trained_channels import LowRankAndRest
 from moejax.compress.ranks import (
     KurtosisRanks,
     ProportionalRanks,
@@ -134,6 +140,7 @@ from moejax.compress.expert_features import (
     ExpertFeatures,
     LogitFeatures,
     OutputFeatures,
+    OutputGrams,
     RouterRowFeatures,
     WeightFeatures,
 )
@@ -144,6 +151,7 @@ from moejax.compress.grouping import (
     HierarchicalClusters,
     RandomGroups,
 )
+from moejax.compress.similar_groups import SimilarGroups
 
 # What a dense student takes over from experts
 from moejax.compress.gathering import (
@@ -171,11 +179,13 @@ __all__ = [
     "Allocation",
     "AsStored",
     "Barycentre",
+    "BelowMeanDrop",
     "BitBudget",
     "BySensitivity",
     "Centre",
     "ChannelPatch",
     "ChannelSelection",
+    "ChooseFewer",
     "ClusterDrop",
     "CompensatedGrid",
     "Consecutive",
@@ -219,6 +229,7 @@ __all__ = [
     "LeaveOneOut",
     "LogitFeatures",
     "LossIncrease",
+    "LowRankAndRest",
     "LowRankAndRows",
     "LowRankResidual",
     "Magnitude",
@@ -226,6 +237,7 @@ __all__ = [
     "MeanOfExperts",
     "MeanProbability",
     "MergeExperts",
+    "MergeRouter",
     "Method",
     "MixedPrecision",
     "MixerLayer",
@@ -240,6 +252,7 @@ __all__ = [
     "OneExpert",
     "OutlierScore",
     "OutputFeatures",
+    "OutputGrams",
     "OutsidePass",
     "PMQCost",
     "Part",
@@ -269,12 +282,15 @@ __all__ = [
     "SearchedDrop",
     "Sequential",
     "ShareBase",
+    "SimilarGroups",
     "SingularVectors",
     "SparseGPT",
+    "SparseResidual",
     "Sparsify",
     "Stage",
     "StatisticsSource",
     "Step",
+    "StoreChannels",
     "SubsetDrop",
     "SubsetSearch",
     "SumOfExperts",

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+import functools
+from typing import Any, Protocol, runtime_checkable
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import nnx
+from jax import Array
 
-from moejax.calibrate import Accumulator, LayerStatistics, LogitGram, MeanOutputs
+from moejax.calibrate import Accumulator, LayerInputs, LayerStatistics, LogitGram, MeanOutputs
 from moejax.compress.block_weights import block_weights
-from moejax.core import SpecError, spec
+from moejax.core import SpecError, check_that, spec, taps
 from moejax.models import Block, hidden_units
-from moejax.moe import LinearScores, MoESpec
+from moejax.moe import LinearScores, MoESpec, RouterContext
 
 
 @runtime_checkable
@@ -34,6 +39,31 @@ class OutputFeatures:
 
     def __call__(self, layer: int, block: Block, stats: LayerStatistics) -> np.ndarray:
         return stats[MeanOutputs.name]
+
+
+@spec
+class OutputGrams:
+    """Inner products between the expert's outputs on `tokens` inputs, centred: [E, tokens^2].
+
+    The cosine of two rows is the linear CKA of two experts' outputs (arXiv:1905.00414, eq. 3),
+    by which DEK (arXiv:2407.09590) calls experts alike: it asks which inputs an expert tells apart,
+    and nothing of the directions in which it answers, nor of the order of hidden units.
+    """
+
+    tokens: int = 256
+
+    def check(self) -> None:
+        check_that(self.tokens >= 2, self, "tokens", "256 inputs per layer are plenty.")
+
+    def needs(self) -> tuple[Accumulator, ...]:
+        return (LayerInputs(tokens=self.tokens),)
+
+    def __call__(self, layer: int, block: Block, stats: LayerStatistics) -> np.ndarray:
+        x_TxD = jnp.asarray(stats[LayerInputs(tokens=self.tokens).name], jnp.float32)
+        graphdef, state = nnx.split(block.moe)
+        y_ExTxD = np.asarray(_outputs(graphdef, state, x_TxD), np.float64)
+        y_ExTxD -= y_ExTxD.mean(1, keepdims=True)
+        return np.einsum("etd,esd->ets", y_ExTxD, y_ExTxD).reshape(len(y_ExTxD), -1)
 
 
 @spec
@@ -85,6 +115,13 @@ class WeightFeatures:
     def __call__(self, layer: int, block: Block, stats: LayerStatistics) -> np.ndarray:
         units_ExFxP = hidden_units(block)
         return units_ExFxP.reshape(len(units_ExFxP), -1)
+
+
+@functools.partial(jax.jit, static_argnames="graphdef")
+def _outputs(graphdef: Any, state: Any, x_TxD: Array) -> Array:
+    """What every stored expert makes of every input: [E, T, D]."""
+    request = frozenset({taps.ALL_OUTPUT})
+    return nnx.merge(graphdef, state)(x_TxD, RouterContext(), request)[2][taps.ALL_OUTPUT]
 
 
 def _require_router(features: ExpertFeatures, layer: int, block: Block) -> MoESpec:

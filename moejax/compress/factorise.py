@@ -14,7 +14,7 @@ from moejax.compress.factorisations import Factorisation
 from moejax.compress.methods import MatrixInputs, edits
 from moejax.compress.passes import LayerEdit, MatrixEdit, Weight, require_dense
 from moejax.compress.patterns import OUTSIDE, in_layer, matching, parameter_shapes
-from moejax.compress.ranks import RankPolicy, Ranks, Shapes
+from moejax.compress.ranks import RankPolicy, Ranks, Shapes, UniformRank
 from moejax.core import SpecError, spec
 from moejax.models import Block, DecoderLM, ModelSpec, layers, permute_experts, with_layers
 from moejax.moe import MoESpec
@@ -28,8 +28,8 @@ class Factorise:
     those of one rank lie side by side (`weights.Buckets`); the function of the layer does not
     depend on their order.
     parameters: a glob over canonical names, as in `Quantize`; of matrices inside layers.
-    SpecError where a rank does not fit a matrix or the method, experts lie behind a slot map, or a
-    matrix has a format already.
+    SpecError where a rank does not fit a matrix or the method, a matrix has a format already, or
+    experts behind a slot map, which keep their order, are to get ranks of their own.
     """
 
     ranks: RankPolicy
@@ -45,7 +45,7 @@ class Factorise:
                 name, w = f"layers.{index}.{matrix}", named[matrix]
                 require_dense(w, name)
                 self.method.needs(matrix)
-                if matrix.startswith(EXPERTS):
+                if matrix.startswith(EXPERTS) and not isinstance(self.ranks, UniformRank):
                     _require_no_slots(blocks[index], name)
                 names.append(name)
                 changed[matrix] = self._outlined(w, rank, name)
@@ -153,5 +153,5 @@ def _require_no_slots(block: Block, name: str) -> None:
     if isinstance(ffn, MoESpec) and ffn.slots is not None:
         raise SpecError(
             f"{name} holds {ffn.stored} stored experts for {ffn.experts} of the router's.",
-            "Factorise experts before they are merged or replicated.",
+            "Factorise experts before they are merged or replicated, or by UniformRank.",
         )

@@ -124,16 +124,7 @@ class HierarchicalClusters:
         E = len(feature_ExP)
         if self.groups == E:
             return np.arange(E)
-        # The first E - groups unions of the tree: a cut by height could split or join ties.
-        members = [{e} for e in range(E)]
-        unions = linkage(feature_ExP, self.linkage)[: E - self.groups, :2].astype(int)
-        for a, b in unions:
-            members.append(members[a] | members[b])
-        gone = {int(node) for union in unions for node in union}
-        label = np.empty(E, int)
-        for node in set(range(len(members))) - gone:
-            label[list(members[node])] = min(members[node])
-        return label
+        return unions(linkage(feature_ExP, self.linkage), E, self.groups)
 
 
 @spec
@@ -196,6 +187,22 @@ class GivenGroups:
                     field="members",
                 )
         return dict.fromkeys(blocks, label)
+
+
+def unions(tree: np.ndarray, experts: int, groups: int) -> np.ndarray:
+    """Labels by the first experts - groups unions of scipy's tree, of their lowest expert each.
+
+    A cut by height could split or join ties.
+    """
+    members = [{e} for e in range(experts)]
+    first = tree[: experts - groups, :2].astype(int)
+    for a, b in first:
+        members.append(members[a] | members[b])
+    gone = {int(node) for union in first for node in union}
+    label = np.empty(experts, int)
+    for node in set(range(len(members))) - gone:
+        label[list(members[node])] = min(members[node])
+    return label
 
 
 def stored(block: Block) -> int:

@@ -25,7 +25,7 @@ from moejax.models import (
     permute_hidden,
     with_parameters,
 )
-from moejax.weights import SharedBase, align, barycentre, truncated_svd
+from moejax.weights import Pattern, PerMatrix, SharedBase, align, barycentre, truncated_svd
 
 STORED = jnp.bfloat16  # of the base and of low-rank residuals
 
@@ -99,6 +99,20 @@ class LowRankResidual:
                 field="rank",
             )
         return truncated_svd(w, self.rank, STORED)
+
+
+@spec
+class SparseResidual:
+    """The largest weights of the residual that `pattern` keeps, in bfloat16 (arXiv:2503.06881).
+
+    The released code's default: of each matrix a quarter stays, by magnitude.
+    """
+
+    pattern: Pattern = PerMatrix(sparsity=0.75)
+
+    def __call__(self, w: Array, name: str = "") -> Weight:
+        weights.check_pattern(self.pattern, w, name)
+        return self.pattern.pack(w, self.pattern.keep(jnp.abs(w)), name=name)
 
 
 @spec

@@ -108,6 +108,8 @@ class Recover:
                 "Choose other leaves, or add adapters before this step.",
                 field="trains",
             )
+        # What the optimizer asks of a run and its leaves.
+        jax.eval_shape(self.optimizer.transformation(self.steps).init, trainable)
         vocab = self._tokenizer().vocab
         fix = f"It has {vocab} tokens, the model {model.spec.vocab}: give the model's own."
         check_that(vocab == model.spec.vocab, self, "tokenizer", fix)

@@ -65,6 +65,7 @@ from moejax.models.generate import Greedy, Sample, generate
 
 # Edits
 from moejax.models.edits import (
+    choosing,
     emptied,
     permute_experts,
     select_experts,
@@ -73,7 +74,7 @@ from moejax.models.edits import (
     without_ffn,
     without_mixer,
 )
-from moejax.models.merging import hidden_units, merge_experts, permute_hidden
+from moejax.models.merging import hidden_units, merge_experts, merge_router, permute_hidden
 
 __all__ = [
     "AttentionSpec",
@@ -114,6 +115,7 @@ __all__ = [
     "YaRN",
     "abstract_model",
     "cache_bytes_per_token",
+    "choosing",
     "combine",
     "count_parameters",
     "emptied",
@@ -127,6 +129,7 @@ __all__ = [
     "layers",
     "leaf_shardings",
     "merge_experts",
+    "merge_router",
     "parameter_axes",
     "parameters",
     "partition",

@@ -13,7 +13,7 @@ from flax import nnx
 from moejax import weights
 from moejax.core import SpecError, compat
 from moejax.models.block import Block
-from moejax.moe import MoESpec, RoutingRule, rule_tables
+from moejax.moe import MoESpec, RankedSelector, RoutingRule, rule_tables
 
 
 def select_experts(block: Block, keep: Sequence[int]) -> Block:
@@ -61,6 +61,25 @@ def permute_experts(block: Block, order: Sequence[int]) -> Block:
             f"order = {list(order)} is no permutation.", f"Name each of {ffn.experts} experts once."
         )
     return select_experts(block, order)
+
+
+def choosing(block: Block, k: int) -> Block:
+    """The block whose router chooses k experts per token, with the same parameters.
+
+    SpecError when it has no experts, its selector does not rank them, or it cannot choose so many.
+    """
+    ffn = block.spec.ffn
+    if not isinstance(ffn, MoESpec) or not isinstance(ffn.router.selector, RankedSelector):
+        raise SpecError(
+            "this block has no router that chooses its k best.", "Set k of MoE layers with top-k."
+        )
+    router = dataclasses.replace(ffn.router, selector=ffn.router.selector.choosing(k))
+    edited = compat.copied(block)
+    assert edited.moe is not None
+    edited.moe.spec = dataclasses.replace(ffn, router=router)
+    edited.moe.router.spec = router
+    edited.spec = dataclasses.replace(block.spec, ffn=edited.moe.spec)
+    return edited
 
 
 def with_rule(block: Block, rule: RoutingRule, tables: Mapping[str, Any]) -> Block:

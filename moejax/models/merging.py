@@ -12,8 +12,9 @@ from jax import Array
 
 from moejax import weights
 from moejax.core import SpecError, compat
+from moejax.core.axes import EXPERT
 from moejax.models.block import Block
-from moejax.moe import Fixed, GatedExperts, MoESpec, SlotSpec
+from moejax.moe import Fixed, GatedExperts, MoESpec, Router, SlotSpec
 
 MATRICES = ("gate", "up", "down")
 
@@ -96,6 +97,56 @@ def merge_experts(block: Block, group_E: np.ndarray, mix_GxE: np.ndarray) -> Blo
     edited.moe.spec = dataclasses.replace(ffn, slots=slots)
     edited.spec = dataclasses.replace(block.spec, ffn=edited.moe.spec)
     return edited
+
+
+def merge_router(block: Block, mix_GxE: np.ndarray) -> Block:
+    """The block whose router has one row per stored expert, and no slot map any more.
+
+    mix_GxE: how the rows of router experts make those of the G stored ones, sums of 1; the state of
+    a selector is mixed alike. SpecError where there is no slot map, an expert has copies, the mix
+    has another shape, or the router's scores are compressed or no rows of single experts.
+    """
+    ffn = block.spec.ffn
+    if not isinstance(ffn, MoESpec) or block.moe is None or block.moe.slots is None:
+        raise SpecError("this block has no slot map.", "Merge its experts before router rows.")
+    if compat.read(block.moe.slots["slot"]).shape[1] > 1:
+        raise SpecError("an expert of this block has copies.", "Merge router rows before that.")
+    if mix_GxE.shape != (ffn.stored, ffn.experts):
+        raise SpecError(
+            f"a mix of shape {mix_GxE.shape} makes no rows of {ffn.stored} stored experts.",
+            f"Give one row of {ffn.experts} numbers for each.",
+        )
+    heads = tuple(int(e) for e in np.argmax(mix_GxE > 0, axis=1))
+    selector = ffn.router.selector.keeping(heads, ffn.experts)
+    router = dataclasses.replace(ffn.router, selector=selector)
+    edited = compat.copied(block)
+    assert edited.moe is not None
+    _mix_rows(edited.moe.router, mix_GxE)
+    edited.moe.slots = None
+    edited.moe.spec = dataclasses.replace(ffn, experts=ffn.stored, router=router, slots=None)
+    edited.moe.router.spec = router
+    edited.spec = dataclasses.replace(block.spec, ffn=edited.moe.spec)
+    return edited
+
+
+def _mix_rows(router: Router, mix_GxE: np.ndarray) -> None:
+    axes = router.spec.scores.axes()
+    if not any(EXPERT in names for names in axes.values()):
+        raise SpecError(
+            f"{type(router.spec.scores).__name__} has no scores of single experts to mix.",
+            "Merge experts of such a router behind a slot map.",
+        )
+    found = [
+        (variable, axes[name].index(EXPERT))
+        for name, variable in router.scores.items()
+        if EXPERT in axes[name]
+    ]
+    for variable, axis in [*found, *((v, 0) for v in router.selector.values())]:
+        value = compat.read(variable)
+        if isinstance(value, weights.Format):
+            raise SpecError("a compressed router has no rows to mix.", "Merge rows first.")
+        rows = jnp.moveaxis(value, axis, 0)
+        compat.write(variable, jnp.moveaxis(_mixed(rows, mix_GxE), 0, axis))
 
 
 def _bank(block: Block) -> GatedExperts:

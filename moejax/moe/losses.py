@@ -9,6 +9,7 @@ f_i the share of tokens whose choices include expert i, and P_i the mean probabi
 | PooledLoadBalance | the same over the tokens of all layers together (transformers' Mixtral) | k |
 | BiLevelLoadBalance | the Switch loss over nodes, and over their places (arXiv:2212.05191) | 2 |
 | RouterZLoss | mean logsumexp(l)^2 (arXiv:2202.08906, eq. 5) | - |
+| GateEntropy | mean entropy of p (arXiv:2404.05089): not balanced but peaked | log E |
 
 Per-layer losses are summed over layers.
 """
@@ -101,6 +102,28 @@ class RouterZLoss:
     def __call__(self, routings: Sequence[Routing], mask_T: Array | None) -> Array:
         squares = [jnp.square(jax.nn.logsumexp(r.logits_TxE, axis=-1)) for r in routings]
         return self.weight * _total(_mean(s, mask_T) for s in squares)
+
+
+@spec
+class GateEntropy:
+    """mean_t H(p_t) in nats, layer by layer, summed: it makes the router sure (arXiv:2404.05089).
+
+    p is what the router selects by, over its sum where that is not one (sigmoid gates).
+    """
+
+    weight: float = 0.01
+
+    def __call__(self, routings: Sequence[Routing], mask_T: Array | None) -> Array:
+        return self.weight * _total(_mean(_entropy(r), mask_T) for r in routings)
+
+
+def _entropy(routing: Routing) -> Array:
+    """[T], with a finite gradient where a probability is zero."""
+    p_TxE = routing.probabilities_TxE
+    p_TxE = p_TxE / jnp.sum(p_TxE, axis=-1, keepdims=True)
+    some_TxE = p_TxE > 0
+    log_TxE = jnp.log(jnp.where(some_TxE, p_TxE, 1.0))
+    return -jnp.sum(p_TxE * log_TxE, axis=-1)
 
 
 def _total(terms: Iterable[Array]) -> Array:

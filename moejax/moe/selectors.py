@@ -45,6 +45,10 @@ class RankedSelector(Selector, Protocol):
 
     def rank(self, probabilities_TxE: Array, state: dict[str, Array]) -> Array: ...
 
+    def choosing(self, k: int) -> RankedSelector:
+        """The selector that takes so many instead."""
+        ...
+
 
 @spec
 class TopK:
@@ -72,6 +76,9 @@ class TopK:
 
     def keeping(self, keep: Sequence[int], experts: int) -> TopK:
         return self
+
+    def choosing(self, k: int) -> TopK:
+        return dataclasses.replace(self, k=k)
 
 
 @spec
@@ -105,6 +112,9 @@ class BiasedTopK:
 
     def keeping(self, keep: Sequence[int], experts: int) -> BiasedTopK:
         return self
+
+    def choosing(self, k: int) -> BiasedTopK:
+        return dataclasses.replace(self, k=k)
 
 
 @spec
@@ -186,6 +196,9 @@ class GroupLimited:
             kept=min(self.kept, groups),
             members=() if as_released else tuple(group.tolist()),
         )
+
+    def choosing(self, k: int) -> GroupLimited:
+        return dataclasses.replace(self, selector=self.selector.choosing(k))
 
     def _group_E(self, experts: int) -> np.ndarray:
         neighbours = np.arange(experts) * self.groups // experts

@@ -1,5 +1,6 @@
 """Training: objective, optimizer, step and loop."""
 
+from moejax.train.channel_pruning import PrunesChannels, channels_left
 from moejax.train.loop import BatchSource, Evaluator, Schedule, train
 from moejax.train.divergences import Divergence, ForwardKL, JensenShannon, ReverseKL
 from moejax.train.objective import cross_entropy, output_table
@@ -43,6 +44,7 @@ __all__ = [
     "Optimizer",
     "Passed",
     "Placement",
+    "PrunesChannels",
     "ReverseKL",
     "RouterOnly",
     "Schedule",
@@ -52,6 +54,7 @@ __all__ = [
     "Together",
     "TrainState",
     "Trains",
+    "channels_left",
     "check_objective",
     "cross_entropy",
     "is_matrix",

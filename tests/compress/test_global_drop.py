@@ -5,7 +5,14 @@ import pytest
 
 from moejax.calibrate import SoftCounts, collect
 from moejax.checkpoint import load_model, save_model
-from moejax.compress import ExpertDrop, Frequency, GlobalExpertDrop, MeanProbability, check_recipe
+from moejax.compress import (
+    BelowMeanDrop,
+    ExpertDrop,
+    Frequency,
+    GlobalExpertDrop,
+    MeanProbability,
+    check_recipe,
+)
 from moejax.core import SpecError, spec
 from moejax.models import generate
 from tests.compress.conftest import EXPERTS, LAYERS, Source, apply, logits
@@ -71,3 +78,29 @@ def test_floors_above_the_budget_are_refused(model):
         with pytest.raises(SpecError, match="GlobalExpertDrop.fraction"):
             check_recipe([GlobalExpertDrop(score=Frequency(), **changes)], model)
     check_recipe([ExpertDrop(fraction=0.5, score=Frequency())], model)
+
+
+def test_experts_below_a_share_of_the_mean_go(model):
+    """Catches a share of the sum or the maximum, and a mean over all layers: the scores of layer 0
+    are 3 1 4 1 5 9, mean 23 / 6, those of layer 1 ten more."""
+    found = BelowMeanDrop(share=0.8, score=PlantedByLayer()).decide(Nothing(), model)
+    assert found == {0: (2, 4, 5), 1: (0, 2, 4, 5)}
+    few = BelowMeanDrop(share=3.0, score=PlantedByLayer()).decide(Nothing(), model)
+    assert few == {0: (4, 5), 1: (4, 5)}  # as many as the router chooses
+
+
+def test_a_rising_share_drops_in_turn(model, text):
+    """Catches a second drop that scores the experts of the model before the first."""
+    recipe = [BelowMeanDrop(share=share, score=Frequency()) for share in (0.6, 1.2)]
+    check_recipe(recipe, model)
+    after, ledger = apply(model, recipe, Source(text))
+    ups = [r for r in ledger if r.matrix == "moe.experts.up"]
+    for index in range(LAYERS):
+        gone = [row.tokens for row in ups[: 2 * EXPERTS] if row.layer == index and row.dropped]
+        stay = [row.tokens for row in ups[: 2 * EXPERTS] if row.layer == index and not row.dropped]
+        mean = np.mean(gone + stay)
+        assert max(gone, default=0) < 0.6 * mean <= min(stay)
+        again = [row.tokens for row in ups[2 * EXPERTS :] if row.layer == index]
+        assert len(again) == len(stay) >= after.spec.layers[index].ffn.experts
+    with pytest.raises(SpecError, match="share"):
+        BelowMeanDrop(share=0.0, score=Frequency())

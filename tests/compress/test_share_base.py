@@ -16,12 +16,14 @@ from moejax.compress import (
     PlainMean,
     RandomGroups,
     ShareBase,
+    SparseResidual,
+    Sparsify,
     account,
     check_recipe,
 )
 from moejax.core import SpecError
 from moejax.models import abstract_model, layers, parameters, permute_hidden, with_layers
-from moejax.weights import AsymmetricGrid, SharedBase, materialize
+from moejax.weights import AsymmetricGrid, NOfM, PerMatrix, SharedBase, Sparse, materialize
 from tests.compress.conftest import EXPERTS, FOUR_BITS, LAYERS, Source, apply, logits
 from tests.evaluate.conftest import make_model
 
@@ -57,6 +59,15 @@ def residual_energy(model):
         float(jnp.square(materialize(w.residual)).sum())
         for w in parameters(model).values()
         if isinstance(w, SharedBase)
+    )
+
+
+def lost(after, before):
+    """The squared difference of all expert weights."""
+    mine, theirs = parameters(after), parameters(before)
+    experts = [name for name in mine if ".experts." in name]
+    return sum(
+        float(jnp.square(materialize(mine[n]) - materialize(theirs[n])).sum()) for n in experts
     )
 
 
@@ -102,6 +113,47 @@ def test_residuals_on_a_grid_lose_less_than_weights_on_it(share):
             assert own < 0.5 * np.abs(alone).max()
 
 
+def test_a_quarter_of_the_residual_stays_by_size(model, share):
+    """Catches the pattern of the weights instead of the residuals, and signs that count as size."""
+    whole, _ = share(model, ShareBase(residual=WHOLE))
+    after, ledger = share(model, ShareBase(residual=SparseResidual()))
+    for name, w in parameters(after).items():
+        if isinstance(w, SharedBase):
+            assert isinstance(w.residual, Sparse)
+            exact = np.asarray(materialize(parameters(whole)[name].residual))
+            near = np.asarray(materialize(w.residual))
+            least = np.sort(np.abs(exact).reshape(EXPERTS, -1), axis=1)[:, -256, None, None]
+            kept = np.abs(exact) >= least
+            np.testing.assert_array_equal(near != 0, kept)  # 256 of 32 x 32
+            np.testing.assert_allclose(near[kept], exact[kept], rtol=0.01)
+    base, mask, values = 2 * 32 * 32, 32 * 32 // 8, 2 * 256
+    assert account(after).expert_bytes == LAYERS * 3 * (base + EXPERTS * (mask + values))
+    assert sum(row.stored_bytes for row in ledger) == account(after).expert_bytes
+
+
+def test_sparse_residuals_lose_less_than_sparse_weights(share):
+    """Catches zeros in the sum instead of in the residual: at equal bytes, on near copies."""
+    planted = near_copies(0.1)
+    after, _ = share(planted, ShareBase(residual=SparseResidual()))
+    # The base is 16 / 6 bits of each of six experts: so many weights more in the direct way.
+    direct, _ = share(planted, Sparsify(pattern=PerMatrix(sparsity=0.75 - 1 / EXPERTS)))
+    assert abs(account(after).expert_bytes / account(direct).expert_bytes - 1) < 0.01
+
+    ordered = share(planted, ShareBase(residual=WHOLE))[0]  # hidden units as in `after`
+    assert lost(after, ordered) < 0.5 * lost(direct, planted)  # measured 0.27
+
+
+def test_no_zeros_lose_nothing_but_rounding(model, text, share):
+    """Catches a residual of another order of hidden units than the base."""
+    none = SparseResidual(pattern=PerMatrix(sparsity=0.0))
+    after, _ = share(model, ShareBase(residual=none))
+    whole, _ = share(model, ShareBase(residual=WHOLE))
+    for name, w in parameters(after).items():
+        if isinstance(w, SharedBase):
+            exact = np.asarray(materialize(parameters(whole)[name]))
+            np.testing.assert_allclose(materialize(w), exact, atol=0.01 * np.abs(exact).max())
+
+
 def test_the_ledger_counts_the_base_once(model, share):
     """Catches a base that every expert pays for, and one that nobody pays for."""
     after, ledger = share(model, ShareBase(residual=LowRankResidual(rank=4)))
@@ -127,6 +179,10 @@ def test_residuals_stand_behind_merged_experts(model, text):
         (
             [ShareBase(residual=LowRankResidual(rank=33))],
             r"rank = 33.*layers.0.moe.experts.gate, 32",
+        ),
+        (
+            [ShareBase(residual=SparseResidual(pattern=NOfM(n=2, m=5)))],
+            r"groups of 5 do not divide the 32 inputs of layers.0.moe.experts.gate",
         ),
         (
             [FOUR_BITS, ShareBase(residual=WHOLE)],

@@ -6,10 +6,14 @@ import pytest
 from moejax.compress import (
     AddAdapters,
     ExpertDrop,
+    Factorise,
     Frequency,
     HierarchicalClusters,
+    LowRankAndRest,
     MergeExperts,
     Quantize,
+    StoreChannels,
+    UniformRank,
     check_recipe,
 )
 from moejax.core import DataError, SpecError
@@ -26,6 +30,7 @@ from moejax.train import (
     Matching,
     Norms,
     OnPolicy,
+    PrunesChannels,
     RouterOnly,
 )
 from moejax.weights import SymmetricGrid
@@ -104,6 +109,23 @@ def test_training_through_a_grid_ends_on_it(model, source):
     assert any(".experts." in name and "words" in name for name in changed(begun, after))
 
 
+def test_channels_that_training_left_are_all_that_is_stored(model, source):
+    """Catches channels that grow back after the last step, a schedule that ends with more than are
+    stored, and factors that do not train: merged experts of the whole second half of MC-SMoE."""
+    low = Factorise(ranks=UniformRank(rank=4), method=LowRankAndRest())
+    recipe = [MergeExperts(grouping=HierarchicalClusters(groups=3)), low]
+    begun, _ = apply(model, recipe, source)
+    prunes = PrunesChannels(left=0.25, warmup=1, settled=1, optimizer=FAST)
+    last = [recover(optimizer=prunes, steps=4), StoreChannels(left=0.25)]
+    after, ledger = apply(model, [*recipe, *last], source)
+    rows = [row for row in ledger if row.pass_name == "StoreChannels"]
+    assert len(rows) == 3 * 3 and max(row.relative_error for row in rows) < 0.005  # bfloat16
+    assert parameters(after)["layers.0.moe.experts.up"].of.index.shape == (3, 8)
+    old = parameters(begun)["layers.0.moe.experts.up"].terms[0].u
+    new = parameters(after)["layers.0.moe.experts.up"].of.base.v  # of the transpose
+    assert np.abs(np.swapaxes(old, -1, -2) - np.asarray(new, np.float32)).max() > 0.01
+
+
 def test_merged_experts_are_taught_by_the_model_they_came_from(model, source):
     """Catches the merged model as its own teacher, whose loss is zero at the start."""
     recipe = [MergeExperts(grouping=HierarchicalClusters(groups=3))]
@@ -134,6 +156,10 @@ def test_statistics_are_collected_anew_behind_a_recovery(model):
         (
             [ExpertDrop(fraction=0.5, score=Frequency()), recover(objective=FromExperts())],
             r"step 2 of the recipe, Recover: .*\n.*Router experts per layer are \(3,\) and \(6,\)",
+        ),
+        (
+            [recover(optimizer=PrunesChannels(left=0.5, warmup=0, settled=1))],
+            r"PrunesChannels: no leaf that trains ends in .*\n.*LowRankAndRest",
         ),
         ([AddAdapters(rank=64)], r"rank = 64 does not fit layers.0.moe.experts.down, 32 x 32"),
     ],

@@ -1,5 +1,7 @@
 """Routers and their losses against NumPy references written from the formulas."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ from moejax.core import SpecError
 from moejax.moe import (
     BiasedTopK,
     ChosenSoftmaxGates,
+    GateEntropy,
     MoESpec,
     PooledLoadBalance,
     Router,
@@ -146,3 +149,31 @@ def test_top_k_above_experts_is_refused():
     """Catches a router that silently chooses fewer experts."""
     with pytest.raises(SpecError, match=r"MoESpec.experts = 2 .*\n.*chooses 3"):
         MoESpec(experts=2, width=4, router=RouterSpec(selector=TopK(k=3), gates=SoftmaxGates()))
+
+
+@pytest.mark.parametrize("gates", [SoftmaxGates(), SigmoidGates()])
+def test_gate_entropy_is_the_mean_of_tokens_that_count(gates):
+    """Catches the entropy of the mean, of chosen gates alone, in bits, a mean over layers, and
+    padding that counts."""
+    mask_T = jnp.arange(T) < 20
+    routing, logits = route(TopK(k=K), gates, mask_T=mask_T)
+    p = softmax(logits) if isinstance(gates, SoftmaxGates) else 1 / (1 + np.exp(-logits))
+    p = p / p.sum(1, keepdims=True)
+    wanted = -(p * np.log(p)).sum(1)[:20].mean()
+    found = GateEntropy(weight=0.5)((routing, routing), mask_T)
+    np.testing.assert_allclose(found, 0.5 * 2 * wanted, rtol=1e-5)
+
+
+def test_a_sure_router_has_no_entropy_and_a_finite_gradient():
+    """Catches 0 log 0, and a gradient that makes a router less sure."""
+    logits_TxE = jnp.asarray([[300.0, 0.0, -300.0], [1.0, 0.5, 0.0]])
+
+    def loss(logits_TxE):
+        p_TxE = jax.nn.softmax(logits_TxE, axis=-1)
+        routing = route(TopK(k=K), SoftmaxGates())[0]
+        seen = dataclasses.replace(routing, logits_TxE=logits_TxE, probabilities_TxE=p_TxE)
+        return GateEntropy(weight=1.0)((seen,), None)
+
+    slope = np.asarray(jax.grad(loss)(logits_TxE))
+    assert np.isfinite(slope).all() and not slope[0].any()
+    assert slope[1, 0] < 0 < slope[1, 2]  # descent lifts the best logit

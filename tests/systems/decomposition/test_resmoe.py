@@ -10,6 +10,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
     overrides = [*NANO, "rank = 8", "half/LowRankResidual.rank = 16", "AsymmetricGrid.group = 32"]
+    overrides.append("direct_sparsity = 0.625")  # the base is 1 / 8 of the weights of 8 experts
     return run_system("decomposition/resmoe", tmp_path_factory.mktemp("resmoe"), overrides)
 
 
@@ -34,3 +35,12 @@ def test_a_barycentre_is_nearer_to_the_experts(ran):
         return sum(row.relative_error for row in ran.ledger if row.arm == arm)
 
     assert error("barycentre, low rank") < error("expert 0, low rank")
+
+
+def test_pruned_residuals_take_what_pruned_experts_take(ran):
+    """Catches zeros that are stored, and a base that is not counted or counted once per expert."""
+    sparse, direct = "barycentre, residuals 75 % zeros", "experts pruned to the same bytes"
+    assert ran.result.arm(sparse).expert_bytes == ran.result.arm(direct).expert_bytes
+    rows = [row for row in ran.ledger if row.arm == sparse]
+    assert sum(row.stored_bytes for row in rows) == ran.result.arm(sparse).expert_bytes
+    assert ran.damage(sparse) > 0
