@@ -3,7 +3,10 @@
 Peak rates, HBM and cores: docs.cloud.google.com/tpu/docs/v5e, .../v5p, .../v6e and .../tpu7x.
 Matrix units, their size and VMEM: JAX's own table, jax/_src/pallas/mosaic/tpu_info.py.
 H100 SXM: NVIDIA's data sheet, nvidia.com/en-us/data-center/h100.
-Links: half of the bidirectional bandwidth between chips that the same pages give (H100: NVLink).
+Links: half of the "bidirectional inter-chip interconnect (ICI) bandwidth per chip" that the same
+pages give, in GBps: v5e 400, v5p 1200, v6e 800, tpu7x 1200 (tpu7x's page compares v5p, v6e and
+tpu7x); H100 SXM: half of the 900 GB/s of its NVLink, on the data sheet. HBM of v5p and tpu7x is
+given there in GiB and taken here as so many 10^9 bytes, so that what fits has room to spare.
 
 Clocks of TPUs are not published with them. They follow from the peak rate,
 flops/s = 2 * matrix units * size^2 * rows per cycle * clock, with one bfloat16 row per cycle on v5e
