@@ -79,8 +79,9 @@ class DictionaryCoded(Format):
         return super().concatenate([_filled(weight, longest) for weight in weights])
 
     def axes(self, logical: Sequence[str | None]) -> dict[str, tuple[str | None, ...]]:
-        *lead, _, outputs = logical
-        levels = (*lead, None, outputs)
+        # Codewords are of any length: matrices are not cut, and levels stay with them.
+        lead = tuple(logical[:-2])
+        levels = (*lead, None, None)
         return {"codes": (*lead, None), "low": levels, "high": levels}
 
     def check(self) -> None:

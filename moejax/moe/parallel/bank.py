@@ -127,17 +127,27 @@ def _held(experts: GatedExperts) -> dict[str, Any]:
 
 def _sections(weight: Any) -> tuple[int, ...]:
     """Experts of each part of a weight that is cut by itself."""
-    if isinstance(weight, weights.Buckets):
-        return weight.sizes
-    if isinstance(weight, weights.Sum):
-        kinds = {_sections(term) for term in weight.terms}
-        if len(kinds) > 1:
-            raise SpecError(
-                f"a Sum has terms with buckets of {' and of '.join(map(str, sorted(kinds)))}.",
-                "Put sums in Buckets, not Buckets in a Sum, to run it on a mesh.",
-            )
-        return kinds.pop()
-    return (weight.shape[0],)
+    match weight:
+        case weights.Buckets():
+            return weight.sizes
+        case weights.Sum():
+            parts = weight.terms
+        case weights.LowRank():
+            parts = (weight.u, weight.v)
+        case weights.SharedBase():
+            parts = (weight.residual,)
+        case weights.Transposed():
+            parts = (weight.of,)
+        case _:
+            return (weight.shape[0],)
+    kinds = {_sections(part) for part in parts}
+    if len(kinds) > 1:
+        name, found = type(weight).__name__, " and of ".join(map(str, sorted(kinds)))
+        raise SpecError(
+            f"a {name} has parts with buckets of {found}.",
+            f"Put each {name} in Buckets, not Buckets in a {name}, to run it on a mesh.",
+        )
+    return kinds.pop()
 
 
 def _has_row_patch(weight: Any) -> bool:
@@ -174,8 +184,21 @@ def _check_hidden(experts: GatedExperts, parts: int) -> None:
                 "Use MeshSpec.model = 1, or materialize the patch.",
                 field="model",
             )
+        part = jax.tree.structure(weight).unflatten(local)
+        expected = tuple(
+            n // parts if axis == EXPERT_HIDDEN else n
+            for n, axis in zip(weight.shape, BANK_LOGICAL[name], strict=True)
+        )
+        if part.shape != expected:
+            # Summed over `model`, an expert that is whole on every device would count that often.
+            raise SpecError(
+                f"MeshSpec.model = {parts} cannot cut the experts' {name}, whose format does not "
+                "say which of its values belong to which hidden unit.",
+                "Use MeshSpec.model = 1, and MeshSpec.expert or fsdp in its place.",
+                field="model",
+            )
         try:
-            jax.tree.structure(weight).unflatten(local).check()
+            part.check()
         except SpecError as error:
             raise SpecError(
                 f"MeshSpec.model = {parts} cuts the experts' {name} where its format cannot be "

@@ -23,6 +23,7 @@ from moejax.moe import (
 )
 from moejax.moe.parallel.bank import cuts, device_order
 from moejax.weights import Sum
+from tests.moe.parallel import every_format
 from tests.moe.parallel.contract import (
     D,
     E,
@@ -85,9 +86,28 @@ def test_a_mesh_that_does_not_fit_the_bank_says_which_axis(bank, mesh, axis, say
     assert error.value.field == axis
 
 
+@pytest.mark.parametrize("name", ["sparse", "dictionary", "sum_with_sparse"])
+@pytest.mark.parametrize("rows", [False, True])
+def test_an_expert_that_is_whole_on_every_device_is_not_summed_over_them(name, rows):
+    """Catches outputs that count once per part of the hidden width, and codewords decoded with the
+    levels of half the channels: both look like a bank that fits."""
+    experts, _ = every_format.bank(name, rows)
+    for mesh in (MeshSpec(model=2), MeshSpec(data=2, expert=2, model=2)):
+        with pytest.raises(SpecError, match="cannot (be )?cut") as error:
+            cuts(experts, abstract(mesh))
+        assert error.value.field == "model"
+    assert len(cuts(experts, abstract(MeshSpec(fsdp=2, expert=4)))) > 3
+
+
 def _patched():
     gate = mixed_bank().gate.get_value()
     return type(gate)(packed(1, F, D), gate.index, jnp.zeros((E, 2, D), jnp.bfloat16))
+
+
+def test_buckets_are_found_within_other_formats():
+    """Catches a residual in buckets whose experts are numbered as if it were one array."""
+    experts, _ = every_format.bank("shared_base_of_buckets", False)
+    np.testing.assert_array_equal(device_order(experts, 2), [0, 2, 1, 3])
 
 
 def test_matrices_of_an_expert_stay_together():
