@@ -23,7 +23,7 @@ from moejax.moe import (
 )
 from moejax.moe.parallel.bank import cuts, device_order
 from moejax.weights import Sum
-from tests.moe.parallel import every_format
+from tests.moe.parallel.banks import bank
 from tests.moe.parallel.contract import (
     D,
     E,
@@ -91,7 +91,7 @@ def test_a_mesh_that_does_not_fit_the_bank_says_which_axis(bank, mesh, axis, say
 def test_an_expert_that_is_whole_on_every_device_is_not_summed_over_them(name, rows):
     """Catches outputs that count once per part of the hidden width, and codewords decoded with the
     levels of half the channels: both look like a bank that fits."""
-    experts, _ = every_format.bank(name, rows)
+    experts = bank(name, rows)
     for mesh in (MeshSpec(model=2), MeshSpec(data=2, expert=2, model=2)):
         with pytest.raises(SpecError, match="cannot (be )?cut") as error:
             cuts(experts, abstract(mesh))
@@ -106,7 +106,7 @@ def _patched():
 
 def test_buckets_are_found_within_other_formats():
     """Catches a residual in buckets whose experts are numbered as if it were one array."""
-    experts, _ = every_format.bank("shared_base_of_buckets", False)
+    experts = bank("shared_base_of_buckets", False)
     np.testing.assert_array_equal(device_order(experts, 2), [0, 2, 1, 3])
 
 
